@@ -1,0 +1,235 @@
+"""The one declaration of every setting: YAML keys, flags, Python keywords, documentation and `explain` are made from it.
+
+A field's flag and keyword default to its own name; `extra` in its Meta overrides them where vLLM users know another spelling.
+Constructors do not validate: `shoal.configs.loader` does, and reports every error at once.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: immutable, keyword-only, unknown keys refused."""
+
+
+def _names(*flags: str, keyword: str | None = None, size: bool = False) -> dict[str, Any]:
+    """The `extra` of a field: its flags, its Python keyword, and whether it is a size in bytes that accepts `4GiB`."""
+    extra: dict[str, Any] = {}
+    if flags:
+        extra["flags"] = list(flags)
+    if keyword:
+        extra["keyword"] = keyword
+    if size:
+        extra["size"] = True
+    return extra
+
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class ModelConfig(Section, frozen=True, kw_only=True):
+    """Which checkpoint, and how it is read."""
+
+    path: Annotated[
+        str | None,
+        Meta(
+            description="A local folder, a Hugging Face hub id, or `demo`.",
+            extra=_names("--model", keyword="model"),
+        ),
+    ] = None
+    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the hub repository.")] = None
+    tokenizer: Annotated[str | None, Meta(description="Folder of another tokenizer; default: the model's own.")] = None
+    skip_tokenizer_init: Annotated[bool, Meta(description="Work with token ids only.")] = False
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="Type of weights and activations; auto takes the checkpoint's."),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None, Meta(ge=1, description="Longest prompt plus output, in tokens; default: the checkpoint's limit.")
+    ] = None
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"],
+        Meta(description="dummy makes random weights in place and reads no file."),
+    ] = "auto"
+    checksums: Annotated[
+        str | None,
+        Meta(description="A manifest of SHA-256 sums (sha256sum format) every weight file is checked against."),
+    ] = None
+    served_model_name: Annotated[str | None, Meta(description="Name the model is served under; default: its path.")] = (
+        None
+    )
+
+
+class ParallelConfig(Section, frozen=True, kw_only=True):
+    """The layout: tensor x pipeline x data."""
+
+    tensor: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Ranks that share every layer.",
+            extra=_names("--tensor-parallel-size", "-tp", keyword="tensor_parallel_size"),
+        ),
+    ] = 1
+    pipeline: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Stages the layers are divided into.",
+            extra=_names("--pipeline-parallel-size", "-pp", keyword="pipeline_parallel_size"),
+        ),
+    ] = 1
+    data: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Replicas of the whole model.",
+            extra=_names("--data-parallel-size", "-dp", keyword="data_parallel_size"),
+        ),
+    ] = 1
+    tensor_weights: Annotated[
+        list[Annotated[float, Meta(gt=0.0)]] | None,
+        Meta(description="Share of each tensor rank, for unequal devices, such as [2, 1, 1]."),
+    ] = None
+    pipeline_layers: Annotated[
+        list[Positive] | None,
+        Meta(description="Layers of each stage, such as [10, 12]; default: balanced by predicted cost."),
+    ] = None
+    expert: Annotated[
+        bool,
+        Meta(
+            description="Give each tensor rank whole experts instead of a slice of each.",
+            extra=_names("--enable-expert-parallel", keyword="enable_expert_parallel"),
+        ),
+    ] = False
+
+
+class CacheConfig(Section, frozen=True, kw_only=True):
+    """The paged KV cache."""
+
+    block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per block.")] = 16
+    num_blocks: Annotated[
+        int | None,
+        Meta(ge=1, description="Blocks of the cache (of each group); default: as many as memory allows."),
+    ] = None
+    memory: Annotated[
+        int | None,
+        Meta(
+            ge=1,
+            description="Bytes of KV cache per rank, such as 4GiB; default: what gpu_memory_utilization leaves.",
+            extra=_names("--kv-cache-memory-bytes", keyword="kv_cache_memory_bytes", size=True),
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Meta(
+            gt=0.0,
+            le=1.0,
+            description="Part of the device's memory Shoal may use; on a CPU, of the available memory, shared by the local ranks. "
+            "Default: 0.9 on a GPU, 0.5 on a CPU.",
+        ),
+    ] = None
+    reserve: Annotated[
+        int, Meta(ge=0, description="Bytes per rank left alone beyond the measured peak.", extra=_names(size=True))
+    ] = 64 << 20
+    enable_prefix_caching: Annotated[bool, Meta(description="Share the blocks of equal prefixes between requests.")] = (
+        True
+    )
+
+
+class SchedulerConfig(Section, frozen=True, kw_only=True):
+    """What one step may hold."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, description="Most requests running at once, per replica.")] = 256
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="Most tokens in one step.")] = 2048
+    prefill_share: Annotated[
+        float,
+        Meta(gt=0.0, le=1.0, description="Most of a step's token budget that prefill may take while others decode."),
+    ] = 1.0
+    inter_token_limit_s: Annotated[
+        float | None,
+        Meta(gt=0.0, description="Prefill is cut so that a step's predicted time stays under this many seconds."),
+    ] = None
+    max_queued_requests: Annotated[
+        int, Meta(ge=1, description="Requests waiting per replica before new ones are refused.")
+    ] = 8192
+
+
+class LauncherConfig(Section, frozen=True, kw_only=True):
+    """How processes are started, and how long anything may take."""
+
+    kind: Annotated[
+        Literal["auto", "inprocess", "local", "torchrun"],
+        Meta(
+            description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one rank, else local.",
+            extra=_names("--launcher", keyword="launcher"),
+        ),
+    ] = "auto"
+    start_timeout_s: Annotated[float, Meta(gt=0.0, description="Seconds until every rank must be ready.")] = 600.0
+    step_timeout_s: Annotated[
+        float, Meta(gt=0.0, description="Seconds one step, or one collective in it, may take.")
+    ] = 120.0
+    stop_timeout_s: Annotated[float, Meta(gt=0.0, description="Seconds ranks get to end before they are killed.")] = 2.0
+
+
+class RuntimeConfig(Section, frozen=True, kw_only=True):
+    """Devices, kernels and numerics."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto takes the GPUs when torch sees any.")] = (
+        "auto"
+    )
+    deterministic: Annotated[
+        bool, Meta(description="One reduction order per row whatever the batch, chunk, cache hit or restart.")
+    ] = False
+    seed: Annotated[
+        int | None,
+        Meta(
+            ge=0,
+            description="Seed of the seeds drawn for requests without one, and of dummy weights; default: from the system.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None, Meta(ge=1, description="CPU threads per rank; default: the host's cores divided by its ranks.")
+    ] = None
+    collectives: Annotated[
+        Literal["auto", "shm", "gloo", "nccl"],
+        Meta(
+            description="auto: NCCL on GPUs; on CPUs shared memory on one host when the C kernels are there, else gloo."
+        ),
+    ] = "auto"
+    native: Annotated[
+        Literal["auto", "require", "off"],
+        Meta(
+            description="The C kernels on CPUs: auto warns and uses torch without a compiler, require refuses to start."
+        ),
+    ] = "auto"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What ranks report.")] = "info"
+
+
+class ShoalConfig(Section, frozen=True, kw_only=True):
+    """All settings. Frozen; made by `shoal.configs.loader.load_config`, which alone validates."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    launcher: LauncherConfig = LauncherConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    sampling: Annotated[
+        dict[str, Any],
+        Meta(
+            description="Defaults of SamplingParams for requests that give none; overrides the checkpoint's generation_config."
+        ),
+    ] = msgspec.field(default_factory=dict)
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Tensor times pipeline size."""
+        return self.parallel.tensor * self.parallel.pipeline
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all replicas."""
+        return self.ranks_per_replica * self.parallel.data

@@ -1,0 +1,1 @@
+"""Requests, messages, scheduler, block pool, prefix cache, engine loop, worker loop and the executors' protocol."""

@@ -1,0 +1,1 @@
+"""C sources of the CPU kernels, compiled by shoal.kernels.build."""

@@ -1,0 +1,1 @@
+"""The one decoder, its families, weight loading and the paged KV cache."""

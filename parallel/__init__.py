@@ -1,0 +1,1 @@
+"""Mesh and groups, collectives, sharded layers, pipeline transfer and the control channel."""

@@ -1,0 +1,1 @@
+"""Front end: tokenising, detokenising, chat templates, stop strings; later the OpenAI-compatible HTTP API."""
