@@ -132,12 +132,16 @@ class StepPlan(Message, frozen=True, kw_only=True):
 
 class RowResult(Record, frozen=True):
     """What a row gave: 1..k+1 token ids when it sampled (none otherwise), their logprobs when asked for, and the log-probabilities of
-    the prompt positions it computed (entry i belongs to the token after the i-th computed position)."""
+    the prompt positions it computed (entry i belongs to the token after the i-th computed position).
+
+    error: why no token could be chosen (its logits are not finite, or everything is masked); the request ends with it.
+    """
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
 
 
 class RankTiming(Record, frozen=True):

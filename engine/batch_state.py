@@ -1,0 +1,167 @@
+"""BatchState: what a rank remembers of the running sequences, kept in step with the engine by the differences in each StepPlan.
+
+Every row of a plan is checked against this state: request, position, last blocks. A mismatch means that engine and rank disagree, which
+is fatal and named.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from shoal.configs.sampling import SamplingParams
+from shoal.engine.messages import NewSequence, PlanRow, StepPlan
+from shoal.model.batch import BatchInput, GroupTables
+
+if TYPE_CHECKING:
+    from shoal.engine.sampler import TokenCounts
+
+
+class PlanMismatch(RuntimeError):
+    """A plan does not fit what this rank holds."""
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its block ids."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    sample_index: int
+    eos_token_ids: list[int]
+    bad_words_token_ids: list[list[int]]
+    tables: list[np.ndarray]
+    num_blocks: list[int]
+    num_computed_tokens: int = 0
+    counts: "TokenCounts | None" = field(default=None, repr=False)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens known here."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append_blocks(self, group: int, block_ids: list[int]) -> None:
+        """Extend the block table of a cache group; its capacity doubles."""
+        used, table = self.num_blocks[group], self.tables[group]
+        if used + len(block_ids) > len(table):
+            grown = np.full(max(2 * len(table), used + len(block_ids)), -1, np.int32)
+            grown[:used] = table[:used]
+            self.tables[group] = table = grown
+        table[used : used + len(block_ids)] = block_ids
+        self.num_blocks[group] = used + len(block_ids)
+
+
+class BatchState:
+    """The running sequences of one rank, and the tensors a step's plan stands for."""
+
+    def __init__(self, block_size: int, num_groups: int, device: torch.device) -> None:
+        self.block_size, self.num_groups, self.device = block_size, num_groups, device
+        self.sequences: dict[str, SequenceState] = {}
+
+    def apply(self, plan: StepPlan, sampled: Mapping[tuple[int, int], int]) -> None:
+        """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs. Raises PlanMismatch."""
+        for request_id in [*plan.finished_ids, *plan.preempted_ids]:
+            self.sequences.pop(request_id, None)
+        for new in plan.new_sequences:
+            self.add(new)
+        for row in plan.rows:
+            sequence = self.sequences.get(row.request_id)
+            if sequence is None:
+                raise PlanMismatch(f"step {plan.step}: request {row.request_id} was never announced to this rank")
+            if row.draft_token_ids:
+                raise PlanMismatch(
+                    f"step {plan.step}, request {row.request_id}: draft tokens, which ranks do not verify yet"
+                )
+            sequence.token_ids.extend(row.token_ids)
+            if row.ref is not None:
+                sequence.token_ids.append(sampled[row.ref.step, row.ref.row])
+            for group, block_ids in enumerate(row.new_block_ids):
+                if block_ids:
+                    sequence.append_blocks(group, block_ids)
+            self.check(plan.step, row, sequence)
+
+    def add(self, new: NewSequence) -> None:
+        """Start to hold a sequence."""
+        if new.request_id in self.sequences:
+            raise PlanMismatch(f"request {new.request_id} was announced twice")
+        if len(new.block_ids) != self.num_groups:
+            raise PlanMismatch(f"request {new.request_id}: {len(new.block_ids)} block tables, {self.num_groups} groups")
+        self.sequences[new.request_id] = SequenceState(
+            request_id=new.request_id,
+            token_ids=list(new.token_ids),
+            num_prompt_tokens=new.num_prompt_tokens,
+            sampling=new.sampling,
+            seed=new.sampling.seed or 0,
+            sample_index=new.sample_index,
+            eos_token_ids=new.eos_token_ids,
+            bad_words_token_ids=new.bad_words_token_ids,
+            tables=[np.array(ids, np.int32) for ids in new.block_ids],
+            num_blocks=[len(ids) for ids in new.block_ids],
+        )
+
+    def check(self, step: int, row: PlanRow, sequence: SequenceState) -> None:
+        """Raise PlanMismatch when the row does not continue what this rank holds."""
+        where = f"step {step}, request {row.request_id}"
+        stop = row.num_computed_tokens + row.num_tokens
+        if sequence.num_computed_tokens not in (0, row.num_computed_tokens):
+            raise PlanMismatch(
+                f"{where}: the row starts at position {row.num_computed_tokens}, computed are {sequence.num_computed_tokens}"
+            )
+        if stop > len(sequence.token_ids):
+            raise PlanMismatch(f"{where}: needs {stop} tokens, {len(sequence.token_ids)} are known")
+        for group, expected in enumerate(row.last_block_ids):
+            used = sequence.num_blocks[group]
+            last = int(sequence.tables[group][used - 1]) if used else -1
+            if last != expected or used * self.block_size < stop:
+                raise PlanMismatch(
+                    f"{where}: cache group {group} ends with block {last} of {used} here, {expected} in the plan, for {stop} tokens"
+                )
+
+    def build(self, plan: StepPlan) -> BatchInput:
+        """The tensors of the plan's rows, in their order; marks their tokens as computed. Call after apply, once."""
+        sequences = [self.sequences[row.request_id] for row in plan.rows]
+        counts = np.array([row.num_tokens for row in plan.rows], np.int64)
+        starts = np.array([row.num_computed_tokens for row in plan.rows], np.int64)
+        cu_seqlens = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=cu_seqlens[1:])
+        tokens: list[int] = []
+        for row, sequence in zip(plan.rows, sequences, strict=True):
+            stop = row.num_computed_tokens + row.num_tokens
+            tokens += sequence.token_ids[row.num_computed_tokens : stop]
+            sequence.num_computed_tokens = stop
+        positions = np.arange(int(counts.sum())) + np.repeat(starts - cu_seqlens[:-1], counts)
+        row_of_token = np.repeat(np.arange(len(counts)), counts)
+        seq_lens = (starts + counts).astype(np.int32)
+        return BatchInput(
+            token_ids_T=self.tensor(np.array(tokens, np.int64)),
+            positions_T=self.tensor(positions),
+            cu_seqlens_q=self.tensor(cu_seqlens),
+            seq_lens=self.tensor(seq_lens),
+            max_seqlen_q=int(counts.max(initial=0)),
+            max_seqlen_k=int(seq_lens.max(initial=0)),
+            groups=tuple(
+                self.group_tables(group, sequences, positions, row_of_token) for group in range(self.num_groups)
+            ),
+        )
+
+    def group_tables(
+        self, group: int, sequences: list[SequenceState], positions: np.ndarray, row_of_token: np.ndarray
+    ) -> GroupTables:
+        """Block table and slots of one cache group."""
+        width = max((sequence.num_blocks[group] for sequence in sequences), default=0)
+        table = np.full((len(sequences), width), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            used = sequence.num_blocks[group]
+            table[row, :used] = sequence.tables[group][:used]
+        blocks = table[row_of_token, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        return GroupTables(block_table_RB=self.tensor(table), slot_mapping_T=self.tensor(slots))
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """The array on this rank's device."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,179 @@
+"""Sampler: logits of the rows that sample to token ids and log-probabilities. Runs on the last stage's tensor rank 0, which decides.
+
+Order, as in vLLM: log-probabilities are of the raw logits; then allowed ids, bad words, min_tokens, logit_bias, penalties; greedy rows take
+the best token; others are divided by the temperature, filtered (min-p, top-k, top-p), and the best of logits + Gumbel noise is the sample,
+which is an exact draw from the filtered softmax. Equal logits: the lowest token id wins.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from shoal.configs.sampling import SamplingParams
+from shoal.engine.batch_state import SequenceState
+from shoal.engine.messages import TokenLogprobs
+from shoal.kernels.logit_filters import filter_logits_
+from shoal.kernels.penalties import apply_penalties_
+from shoal.kernels.philox import gumbel_noise
+from shoal.kernels.token_logprobs import token_logprobs
+
+MINUS_INF = float("-inf")
+
+
+class TokenCounts:
+    """Which tokens a sequence has seen, kept up to date as its output grows: [vocab_size] each."""
+
+    def __init__(self, sequence: SequenceState, vocab_size: int, device: torch.device) -> None:
+        prompt = torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens], device=device)
+        self.prompt_seen = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, prompt, True)
+        self.output_counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+        self.counted = sequence.num_prompt_tokens
+
+    def update(self, sequence: SequenceState) -> None:
+        """Count the output tokens appended since the last call."""
+        new = sequence.token_ids[self.counted :]
+        if new:
+            ids = torch.tensor(new, device=self.output_counts.device)
+            self.output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+            self.counted += len(new)
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether the request's logits depend on the tokens it has seen."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+def edits_logits(params: SamplingParams, sequence: SequenceState) -> bool:
+    """Whether single tokens' logits are masked or biased for this request at this position."""
+    return bool(
+        params.allowed_token_ids
+        or params.logit_bias
+        or sequence.bad_words_token_ids
+        or sequence.num_output_tokens < params.min_tokens
+    )
+
+
+def banned_tokens(sequence: SequenceState) -> list[int]:
+    """Tokens that may not come next: the ends of bad words whose beginning stands at the end of the output, and end tokens while
+    min_tokens is not reached."""
+    banned = []
+    for word in sequence.bad_words_token_ids:
+        begin = len(word) - 1
+        tail = sequence.token_ids[len(sequence.token_ids) - begin :] if begin else []
+        if begin <= sequence.num_output_tokens and tail == word[:-1]:
+            banned.append(word[-1])
+    if sequence.num_output_tokens < sequence.sampling.min_tokens:
+        banned += sequence.eos_token_ids + (sequence.sampling.stop_token_ids or [])
+    return banned
+
+
+def edit_row_(logits_V: torch.Tensor, sequence: SequenceState) -> None:
+    """Allowed ids, bad words, min_tokens and logit_bias of one row, in place."""
+    params = sequence.sampling
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits_V.device)
+        kept = logits_V[allowed]
+        logits_V.fill_(MINUS_INF)
+        logits_V[allowed] = kept
+    banned = banned_tokens(sequence)
+    if banned:
+        logits_V[torch.tensor(banned, device=logits_V.device)] = MINUS_INF
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
+        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+
+
+class Sampler:
+    """Samples the rows of a step. Holds nothing but the counts that penalties need, dropped with their sequence."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+
+    def __call__(
+        self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """One token per row, and its log-probabilities where the request asked for them.
+
+        logits_RV: [num_rows, vocab_size] float32, overwritten. sequences: the rows' states, their tokens complete up to this position.
+        """
+        wanted = [sequence.sampling.logprobs for sequence in sequences]
+        raw_RV = logits_RV.clone() if any(count is not None for count in wanted) else logits_RV
+        self.edit_(logits_RV, sequences)
+        tokens_R = self.choose(logits_RV, sequences)
+        return tokens_R.tolist(), logprobs_of(raw_RV, tokens_R, wanted)
+
+    def edit_(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> None:
+        """Masks, biases and penalties, in place."""
+        for row, sequence in enumerate(sequences):
+            if edits_logits(sequence.sampling, sequence):
+                edit_row_(logits_RV[row], sequence)
+        rows = [row for row, sequence in enumerate(sequences) if has_penalties(sequence.sampling)]
+        if not rows:
+            return
+        counts = [self.counts(sequences[row]) for row in rows]
+        params = [sequences[row].sampling for row in rows]
+        index = torch.tensor(rows, device=self.device)
+        logits_RV[index] = apply_penalties_(
+            logits_RV[index],
+            torch.stack([count.prompt_seen for count in counts]),
+            torch.stack([count.output_counts for count in counts]),
+            self.column([p.presence_penalty for p in params]),
+            self.column([p.frequency_penalty for p in params]),
+            self.column([p.repetition_penalty for p in params]),
+        )
+
+    def counts(self, sequence: SequenceState) -> TokenCounts:
+        """The sequence's counts, made when first needed and brought up to date."""
+        if sequence.counts is None:
+            sequence.counts = TokenCounts(sequence, self.vocab_size, self.device)
+        sequence.counts.update(sequence)
+        return sequence.counts
+
+    def column(self, values: list[float]) -> torch.Tensor:
+        """Per-row numbers as a float32 tensor."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+        """Greedy or sampled token ids: [num_rows] int64."""
+        random = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+        if random:
+            index = torch.tensor(random, device=self.device)
+            chosen = [sequences[row] for row in random]
+            noisy = self.noisy(logits_RV[index], chosen)
+            logits_RV = noisy if len(random) == len(sequences) else logits_RV.index_copy(0, index, noisy)
+        return logits_RV.argmax(-1)
+
+    def noisy(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+        """Logits over temperature, filtered, plus Gumbel noise."""
+        params = [sequence.sampling for sequence in sequences]
+        logits_RV = logits_RV / self.column([p.temperature for p in params]).unsqueeze(1)
+        filter_logits_(
+            logits_RV,
+            torch.tensor([p.top_k for p in params], device=self.device),
+            self.column([p.top_p for p in params]),
+            self.column([p.min_p for p in params]),
+        )
+        noise_RV = gumbel_noise(
+            torch.tensor([sequence.seed for sequence in sequences], device=self.device),
+            torch.tensor([sequence.num_output_tokens for sequence in sequences], device=self.device),
+            torch.tensor([sequence.sample_index for sequence in sequences], device=self.device),
+            0,
+            self.vocab_size,
+        )
+        return logits_RV.add_(noise_RV)
+
+
+def logprobs_of(
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, wanted: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the chosen and the best tokens of the rows that want them; one entry per row."""
+    found: list[TokenLogprobs | None] = [None] * len(wanted)
+    rows = [row for row, count in enumerate(wanted) if count is not None]
+    if not rows:
+        return found
+    index = torch.tensor(rows, device=logits_RV.device)
+    ids, logprobs, ranks = token_logprobs(logits_RV[index], tokens_R[index], max(wanted[row] or 0 for row in rows))
+    for row, row_ids, row_logprobs, rank in zip(rows, ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True):
+        count = 1 + min(wanted[row] or 0, len(row_ids) - 1)
+        found[row] = TokenLogprobs(row_ids[:count], row_logprobs[:count], [rank, *range(1, count)])
+    return found

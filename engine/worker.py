@@ -1,0 +1,201 @@
+"""Worker: one rank of a replica. Holds its shard of the model and of the cache, runs step plans, samples on the last stage's tensor rank 0.
+
+Life: load -> profile -> allocate_cache -> run, run, ... -> close. Every rank of the replica calls the same methods in the same order, since
+each of them may contain collectives. Hidden states go from stage to stage between ranks of equal tp_rank.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from shoal.configs.schema import ShoalConfig
+from shoal.engine.batch_state import BatchState, SequenceState
+from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
+from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan
+from shoal.engine.sampler import Sampler, logprobs_of
+from shoal.kernels.build import NativeLibrary
+from shoal.model.checkpoint import load_weights
+from shoal.model.decoder import Stage
+from shoal.model.kv_cache import KVCache
+from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.ledger import MemoryReport
+from shoal.model.shard import ModelShard
+from shoal.model.spec import DecoderSpec
+from shoal.parallel.mesh import Mesh
+
+PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
+REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
+
+
+class Worker:
+    """One rank. config is resolved (no `auto` left in dtype, device or max_model_len); shard says what of the spec it holds."""
+
+    def __init__(
+        self,
+        config: ShoalConfig,
+        spec: DecoderSpec,
+        shard: ModelShard,
+        mesh: Mesh,
+        model_dir: Path | None,
+        device: torch.device,
+        native: NativeLibrary | None,
+    ) -> None:
+        self.config, self.spec, self.shard, self.mesh = config, spec, shard, mesh
+        self.model_dir, self.device, self.native = model_dir, device, native
+        self.dtype = getattr(torch, config.model.dtype)
+        self.samples = shard.has_head and shard.tp_rank == 0
+        self.state = self.new_state()
+        self.sampler = Sampler(spec.vocab_size, device)
+        self.sampled: OrderedDict[tuple[int, int], int] = OrderedDict()
+
+    def new_state(self) -> BatchState:
+        """A batch state that holds nothing."""
+        return BatchState(self.config.cache.block_size, len(self.spec.cache_windows), self.device)
+
+    def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file and tensor."""
+        weights = load_weights(
+            self.model_dir, self.config, self.spec, self.shard, self.dtype, self.device, on_progress=on_progress
+        )
+        self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        self.stage = Stage(
+            self.spec,
+            self.shard,
+            weights,
+            self.mesh.tensor,
+            deterministic=self.config.runtime.deterministic,
+            native=self.native,
+        )
+
+    def profile(self) -> MemoryReport:
+        """Run one step of the largest size on a cache of its own and report what memory this rank needs and has. Collective."""
+        plan, num_blocks, scale = profile_plan(self.config, self.spec, self.device)
+        self.allocate_cache(num_blocks)
+        with ActivationMeter(self.device) as meter:
+            self.run(plan)
+        self.state = self.new_state()
+        self.sampled.clear()
+        del self.cache
+        return MemoryReport(
+            rank=self.mesh.rank,
+            weights_bytes=self.weights_bytes,
+            activation_bytes=int(meter.peak_bytes * scale),
+            available_bytes=available_bytes(self.device) + self.weights_bytes,
+            block_bytes=kv_bytes_per_block(self.spec, self.shard, self.config.cache.block_size, self.dtype.itemsize),
+        )
+
+    def allocate_cache(self, num_blocks: list[int]) -> None:
+        """Make the paged cache: num_blocks of every cache group."""
+        self.cache = KVCache(self.spec, self.shard, num_blocks, self.config.cache.block_size, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""
+        self.state.apply(plan, self.resolve_refs(plan))
+        if not plan.rows:
+            return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
+        batch = self.state.build(plan)
+        started = time.perf_counter()
+        if self.shard.has_embedding:
+            hidden_TH = self.stage.embed(batch)
+        else:
+            shape = (batch.token_ids_T.shape[0], self.spec.hidden_size)
+            hidden_TH = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.mesh.pipeline.recv(hidden_TH, self.shard.pp_rank - 1)
+        waited = time.perf_counter()
+        hidden_TH = self.stage.forward(batch, hidden_TH, self.cache)
+        if not self.shard.has_head:
+            self.mesh.pipeline.send(hidden_TH.contiguous(), self.shard.pp_rank + 1)
+            return None
+        forward = time.perf_counter()
+        rows = self.results(plan, batch.cu_seqlens_q[1:].tolist(), hidden_TH)
+        if rows is None:
+            return None
+        timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
+        return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
+
+    def resolve_refs(self, plan: StepPlan) -> dict[tuple[int, int], int]:
+        """The tokens of the plan's TokenRefs, told to all ranks by the one that sampled them. Collective when there are any."""
+        refs = [(row.ref.step, row.ref.row) for row in plan.rows if row.ref is not None]
+        if not refs:
+            return {}
+        tokens = torch.tensor([self.sampled.get(ref, -1) for ref in refs], device=self.device)
+        sampling_rank = self.mesh.world.size - self.shard.tp_size
+        self.mesh.world.broadcast(tokens, sampling_rank)
+        return dict(zip(refs, tokens.tolist(), strict=True))
+
+    def results(self, plan: StepPlan, stops: list[int], hidden_TH: torch.Tensor) -> list[RowResult] | None:
+        """Sample the rows that want it and score the prompts that want it. Collective over the tensor group; None off its rank 0."""
+        sequences = [self.state.sequences[row.request_id] for row in plan.rows]
+        prompt_logprobs = [
+            self.prompt_logprobs(row, sequence, stop, hidden_TH)
+            for row, sequence, stop in zip(plan.rows, sequences, stops, strict=True)
+        ]
+        sampling = [index for index, row in enumerate(plan.rows) if row.sample]
+        tokens: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs | None] = {}
+        errors: dict[int, str] = {}
+        if sampling:
+            last = torch.tensor([stops[index] - 1 for index in sampling], device=self.device)
+            logits_RV = self.stage.logits(hidden_TH[last])
+            if self.samples:
+                chosen, scores = self.sampler(logits_RV, [sequences[index] for index in sampling])
+                picked = logits_RV[torch.arange(len(chosen)), torch.tensor(chosen)]
+                for index, token, score, fine in zip(sampling, chosen, scores, picked.isfinite().tolist(), strict=True):
+                    tokens[index], logprobs[index] = token, score
+                    if not fine:
+                        errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
+        if not self.samples:
+            return None
+        self.remember(plan.step, tokens)
+        return [
+            RowResult(
+                row.request_id,
+                [tokens[index]] if index in tokens and index not in errors else [],
+                as_list(logprobs.get(index)) if index not in errors else None,
+                prompt_logprobs[index],
+                errors.get(index),
+            )
+            for index, row in enumerate(plan.rows)
+        ]
+
+    def prompt_logprobs(
+        self, row: PlanRow, sequence: SequenceState, stop: int, hidden_TH: torch.Tensor
+    ) -> list[TokenLogprobs] | None:
+        """Log-probabilities of the prompt tokens that follow this row's positions, when asked for. Collective over the tensor group."""
+        count = sequence.sampling.prompt_logprobs
+        first = row.num_computed_tokens
+        last = min(first + row.num_tokens, sequence.num_prompt_tokens - 1)
+        if count is None or last <= first:
+            return None
+        offset = stop - row.num_tokens - first
+        found: list[TokenLogprobs] = []
+        for start in range(first, last, PROMPT_LOGPROB_ROWS):
+            end = min(start + PROMPT_LOGPROB_ROWS, last)
+            logits_RV = self.stage.logits(hidden_TH[offset + start : offset + end])
+            if self.samples:
+                targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=self.device)
+                found += [
+                    entry for entry in logprobs_of(logits_RV, targets, [count] * (end - start)) if entry is not None
+                ]
+        return found if self.samples else None
+
+    def remember(self, step: int, tokens: dict[int, int]) -> None:
+        """Keep a step's tokens for TokenRefs of later plans, and forget old ones."""
+        for row, token in tokens.items():
+            self.sampled[step, row] = token
+        while self.sampled and next(iter(self.sampled))[0] <= step - REMEMBERED_STEPS:
+            self.sampled.popitem(last=False)
+
+    def close(self) -> None:
+        """Give back the mesh and the memory."""
+        self.mesh.close()
+        self.cache = self.stage = None  # type: ignore[assignment]
+
+
+def as_list(entry: TokenLogprobs | None) -> list[TokenLogprobs] | None:
+    """A row's one entry as RowResult wants it."""
+    return None if entry is None else [entry]

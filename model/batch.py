@@ -1,0 +1,35 @@
+"""BatchInput: what one step hands to every layer. Built by the worker from a StepPlan, read by the mixers.
+
+T tokens of R rows (requests), G cache groups; int64 positions and tokens, int32 tables.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTables:
+    """Where one cache group keeps the rows' keys and values.
+
+    block_table_RB: [num_rows, max_blocks] int32, -1 or stale beyond a row's blocks and before its window, never read there.
+    slot_mapping_T: [num_tokens] int64, block * block_size + offset where each token's key and value go.
+    """
+
+    block_table_RB: torch.Tensor
+    slot_mapping_T: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInput:
+    """token_ids_T, positions_T: [num_tokens] int64. cu_seqlens_q: [num_rows + 1] int32, row r's tokens are [cu[r], cu[r + 1]).
+    seq_lens: [num_rows] int32, tokens in the cache after this step (the last token's position + 1). max_seqlen_q, max_seqlen_k: ints.
+    groups: one per cache group of DecoderSpec.cache_windows."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seq_lens: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    groups: tuple[GroupTables, ...]

@@ -1,0 +1,87 @@
+"""BatchState turns plans into tensors and refuses plans that do not fit what it holds."""
+
+import msgspec
+import pytest
+import torch
+from shoal.configs.sampling import SamplingParams
+from shoal.engine.batch_state import BatchState, PlanMismatch
+from shoal.engine.messages import NewSequence, PlanRow, StepPlan, TokenRef
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def new(name: str, tokens: list[int], blocks: list[int]) -> NewSequence:
+    return NewSequence(name, tokens, len(tokens), GREEDY, 0, [], [], [blocks])
+
+
+def plan(step: int, rows: list[PlanRow], **fields: object) -> StepPlan:
+    return StepPlan(epoch=0, step=step, rows=rows, **fields)  # type: ignore[arg-type]
+
+
+def fresh(block_size: int = 2) -> BatchState:
+    return BatchState(block_size, 1, torch.device("cpu"))
+
+
+def test_mixed_rows_become_ragged_tensors() -> None:
+    state = fresh()
+    first = plan(0, [PlanRow("a", 0, 3, [], [[]], [5], False)], new_sequences=[new("a", [10, 11, 12, 13], [7, 5])])
+    state.apply(first, {})
+    batch = state.build(first)
+    assert batch.token_ids_T.tolist() == [10, 11, 12]
+    assert batch.groups[0].slot_mapping_T.tolist() == [14, 15, 10]
+    second = plan(
+        1,
+        [PlanRow("a", 3, 1, [], [[]], [5], True), PlanRow("b", 2, 3, [], [[9]], [9], True)],
+        new_sequences=[new("b", [1, 2, 3, 4, 5], [3, 4])],
+    )
+    state.apply(second, {})
+    batch = state.build(second)
+    assert batch.token_ids_T.tolist() == [13, 3, 4, 5]
+    assert batch.positions_T.tolist() == [3, 2, 3, 4]
+    assert batch.cu_seqlens_q.tolist() == [0, 1, 4]
+    assert batch.seq_lens.tolist() == [4, 5]
+    assert batch.groups[0].block_table_RB.tolist() == [[7, 5, -1], [3, 4, 9]]
+    assert batch.groups[0].slot_mapping_T.tolist() == [11, 8, 9, 18]
+
+
+def test_a_reference_stands_for_the_token_another_step_sampled() -> None:
+    state = fresh()
+    first = plan(0, [PlanRow("a", 0, 2, [], [[]], [0], True)], new_sequences=[new("a", [1, 2], [0])])
+    state.apply(first, {})
+    state.build(first)
+    second = plan(1, [PlanRow("a", 2, 1, [], [[1]], [1], True, TokenRef(0, 0))])
+    state.apply(second, {(0, 0): 77})
+    assert state.build(second).token_ids_T.tolist() == [77]
+
+
+GOOD = PlanRow("a", 0, 2, [], [[]], [0], True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (msgspec.structs.replace(GOOD, request_id="x"), "never announced"),
+        (msgspec.structs.replace(GOOD, num_tokens=3), "needs 3 tokens, 2 are known"),
+        (msgspec.structs.replace(GOOD, last_block_ids=[1]), "ends with block 0"),
+        (msgspec.structs.replace(GOOD, draft_token_ids=[5]), "draft tokens"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_by_name(row: PlanRow, message: str) -> None:
+    with pytest.raises(PlanMismatch, match=message):
+        fresh().apply(plan(0, [row], new_sequences=[new("a", [1, 2], [0])]), {})
+
+
+def test_a_row_that_skips_a_position_is_refused() -> None:
+    state = fresh()
+    first = plan(0, [PlanRow("a", 0, 2, [], [[]], [0], True)], new_sequences=[new("a", [1, 2], [0])])
+    state.apply(first, {})
+    state.build(first)
+    with pytest.raises(PlanMismatch, match="starts at position 1"):
+        state.apply(plan(1, [PlanRow("a", 1, 2, [3], [[1]], [1], True)]), {})
+
+
+def test_finished_sequences_are_forgotten() -> None:
+    state = fresh()
+    state.apply(plan(0, [GOOD], new_sequences=[new("a", [1, 2], [0])]), {})
+    state.apply(plan(1, [], finished_ids=["a"]), {})
+    assert not state.sequences
