@@ -1,7 +1,8 @@
-"""BatchState: what a rank remembers of the running sequences, kept in step with the engine by the differences in each StepPlan.
+"""BatchState: what a rank remembers of the running sequences, kept in step with the engine by the differences in each
+StepPlan.
 
-Every row of a plan is checked against this state: request, position, last blocks. A mismatch means that engine and rank disagree, which
-is fatal and named.
+Every row of a plan is checked against this state: request, position, last blocks. A mismatch means that engine and rank
+disagree, which is fatal and named.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ class PlanMismatch(RuntimeError):
 
 @dataclass(slots=True)
 class SequenceState:
-    """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its block ids."""
+    """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its
+    block ids."""
 
     request_id: str
     token_ids: list[int]
@@ -64,7 +66,8 @@ class BatchState:
         self.sequences: dict[str, SequenceState] = {}
 
     def apply(self, plan: StepPlan, sampled: Mapping[tuple[int, int], int]) -> None:
-        """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs. Raises PlanMismatch."""
+        """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs.
+        Raises PlanMismatch."""
         for request_id in [*plan.finished_ids, *plan.preempted_ids]:
             self.sequences.pop(request_id, None)
         for new in plan.new_sequences:
@@ -110,7 +113,8 @@ class BatchState:
         stop = row.num_computed_tokens + row.num_tokens
         if sequence.num_computed_tokens not in (0, row.num_computed_tokens):
             raise PlanMismatch(
-                f"{where}: the row starts at position {row.num_computed_tokens}, computed are {sequence.num_computed_tokens}"
+                f"{where}: the row starts at position {row.num_computed_tokens}, "
+                f"{sequence.num_computed_tokens} tokens are computed"
             )
         if stop > len(sequence.token_ids):
             raise PlanMismatch(f"{where}: needs {stop} tokens, {len(sequence.token_ids)} are known")
@@ -119,7 +123,8 @@ class BatchState:
             last = int(sequence.tables[group][used - 1]) if used else -1
             if last != expected or used * self.block_size < stop:
                 raise PlanMismatch(
-                    f"{where}: cache group {group} ends with block {last} of {used} here, {expected} in the plan, for {stop} tokens"
+                    f"{where}: cache group {group} ends with block {last} of {used} here, "
+                    f"{expected} in the plan, for {stop} tokens"
                 )
 
     def build(self, plan: StepPlan) -> BatchInput:

@@ -1,4 +1,5 @@
-"""EngineClient: what a front end talks to; a replica in this process, one behind a socket, and the router implement it."""
+"""EngineClient: what a front end talks to; a replica in this process, one behind a socket, and the router implement
+it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -26,7 +27,8 @@ class EngineClient(ABC):
 
     @abstractmethod
     def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """Accept a request and stream its deltas. Raises ValueError (bad request), QueueFull or EngineError on the first iteration.
+        """Accept a request and stream its deltas. Raises ValueError (bad request), QueueFull or EngineError on the
+        first iteration.
 
         Closing the iterator early aborts the request.
         """

@@ -1,4 +1,5 @@
-"""Executor: runs step plans on the ranks of one replica. Implemented in-process, over several ranks, and by a fake for tests."""
+"""Executor: runs step plans on the ranks of one replica. Implemented in-process, over several ranks, and by a fake for
+tests."""
 
 from abc import ABC, abstractmethod
 
@@ -19,8 +20,8 @@ class ExecutorFailed(RuntimeError):
 class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
     """One cache group of the model: its layers share a block table.
 
-    name: "full" or "window<tokens>". window: tokens a query sees including itself, None for all. num_blocks: the pool's size, the
-    minimum over ranks.
+    name: "full" or "window<tokens>". window: tokens a query sees including itself, None for all. num_blocks: the pool's
+    size, the minimum over ranks.
     """
 
     name: str
@@ -29,7 +30,8 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What an executor offers the scheduler. max_in_flight: plans that may be launched before the first result is taken."""
+    """What an executor offers the scheduler. max_in_flight: plans that may be launched before the first result is
+    taken."""
 
     block_size: int
     groups: list[CacheGroup]
@@ -45,11 +47,13 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> int:
-        """Start a plan and return its handle at once. At most `capacity.max_in_flight` may be unanswered. Raises ExecutorFailed."""
+        """Start a plan and return its handle at once. At most `capacity.max_in_flight` may be unanswered. Raises
+        ExecutorFailed."""
 
     @abstractmethod
     def result(self, handle: int, timeout_s: float) -> StepResult:
-        """Wait for a plan's result; handles are taken in launch order. Raises ExecutorFailed, also when timeout_s passes."""
+        """Wait for a plan's result; handles are taken in launch order. Raises ExecutorFailed, also when timeout_s
+        passes."""
 
     @abstractmethod
     def health(self) -> None:

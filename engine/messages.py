@@ -1,4 +1,5 @@
-"""The messages that cross rooms and processes: requests, output deltas, step plans and step results. All of them msgspec, no torch.
+"""The messages that cross rooms and processes: requests, output deltas, step plans and step results. All of them
+msgspec, no torch.
 
 front end -> engine: Submit, Abort, Drain, StatsQuery     engine -> front end: OutputDelta, StatsReply, Failure
 engine -> ranks: StepPlan                                 last stage's tensor rank 0 -> engine: StepResult
@@ -24,9 +25,10 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 class Request(Message, frozen=True, kw_only=True):
     """One sequence to generate.
 
-    prompt_token_ids: at least one id. sampling: checked, with n == 1 (the front end fans n out by sample_index) and a seed.
-    emitted_token_ids: output computed elsewhere before; treated as computed output (resume). arrival: time.time().
-    deadline_s: absolute time.time() after which the request is aborted. cache_salt: prefixes are shared only under an equal salt.
+    prompt_token_ids: at least one id. sampling: checked, with n == 1 (the front end fans n out by sample_index) and a
+    seed. emitted_token_ids: output computed elsewhere before; treated as computed output (resume). arrival:
+    time.time(). deadline_s: absolute time.time() after which the request is aborted. cache_salt: prefixes are shared
+    only under an equal salt.
     """
 
     request_id: str
@@ -56,8 +58,9 @@ class TokenLogprobs(Record, frozen=True):
 class OutputDelta(Message, frozen=True, kw_only=True):
     """New tokens of a request. `start` is the absolute output position of token_ids[0]: delivery is idempotent.
 
-    prompt_logprobs comes once, with the first delta, one entry per prompt token (the first is None). finish_reason ends the stream;
-    with "error" `error` says why. stop_reason: the stop token id that ended it. num_cached_tokens: prompt tokens from the prefix cache.
+    prompt_logprobs comes once, with the first delta, one entry per prompt token (the first is None). finish_reason ends
+    the stream; with "error" `error` says why. stop_reason: the stop token id that ended it. num_cached_tokens: prompt
+    tokens from the prefix cache.
     """
 
     request_id: str
@@ -72,7 +75,8 @@ class OutputDelta(Message, frozen=True, kw_only=True):
 
 
 class TokenRef(Record, frozen=True):
-    """The token sampled for row `row` of step `step`, not yet known to the engine: overlapped steps feed on the device."""
+    """The token sampled for row `row` of step `step`, not yet known to the engine: overlapped steps feed on the
+    device."""
 
     step: int
     row: int
@@ -81,8 +85,8 @@ class TokenRef(Record, frozen=True):
 class NewSequence(Record, frozen=True):
     """What a rank must know before a request's first row (again after a preemption).
 
-    token_ids: prompt then emitted output. seed: the request's own. block_ids: per cache group, the blocks granted so far
-    (cached prefix included; an entry of a window group that fell out is -1).
+    token_ids: prompt then emitted output. seed: the request's own. block_ids: per cache group, the blocks granted so
+    far (cached prefix included; an entry of a window group that fell out is -1).
     """
 
     request_id: str
@@ -99,10 +103,11 @@ class PlanRow(Record, frozen=True):
     """One request's part in a step.
 
     num_computed_tokens: tokens whose KV is in the cache before this step, i.e. the position of the row's first token.
-    num_tokens: tokens computed now. token_ids: sampled tokens the ranks have not been told yet (they extend the sequence).
-    ref: stands for one further token that only the ranks know. draft_token_ids: speculated tokens to verify.
-    new_block_ids: per cache group, blocks appended now. last_block_ids: per group, the last block after appending, which ranks check
-    against their own table together with num_computed_tokens. sample: the row's last position is sampled.
+    num_tokens: tokens computed now. token_ids: sampled tokens the ranks have not been told yet (they extend the
+    sequence). ref: stands for one further token that only the ranks know. draft_token_ids: speculated tokens to verify.
+    new_block_ids: per cache group, blocks appended now. last_block_ids: per group, the last block after appending,
+    which ranks check against their own table together with num_computed_tokens. sample: the row's last position is
+    sampled.
     """
 
     request_id: str
@@ -131,8 +136,9 @@ class StepPlan(Message, frozen=True, kw_only=True):
 
 
 class RowResult(Record, frozen=True):
-    """What a row gave: 1..k+1 token ids when it sampled (none otherwise), their logprobs when asked for, and the log-probabilities of
-    the prompt positions it computed (entry i belongs to the token after the i-th computed position).
+    """What a row gave: 1..k+1 token ids when it sampled (none otherwise), their logprobs when asked for, and the
+    log-probabilities of the prompt positions it computed (entry i belongs to the token after the i-th computed
+    position).
 
     error: why no token could be chosen (its logits are not finite, or everything is masked); the request ends with it.
     """

@@ -1,9 +1,9 @@
 """The profiling step: what memory the largest step takes, measured before the cache is sized.
 
-On GPUs the step has the full token budget. On CPUs, where a full step may take many seconds, it has at most PROFILE_TOKENS_CPU tokens, and
-the result is scaled up: activations grow linearly with tokens. Peak memory on a CPU is the kernel's own mark of this process
-(/proc/self/status VmHWM, reset through /proc/self/clear_refs); where that is not permitted, nothing is measured and the ledger's estimate
-stands.
+On GPUs the step has the full token budget. On CPUs, where a full step may take many seconds, it has at most
+PROFILE_TOKENS_CPU tokens, and the result is scaled up: activations grow linearly with tokens. Peak memory on a CPU is
+the kernel's own mark of this process (/proc/self/status VmHWM, reset through /proc/self/clear_refs); where that is not
+permitted, nothing is measured and the ledger's estimate stands.
 """
 
 import os
@@ -65,7 +65,8 @@ def cgroup_available_bytes() -> int:
 
 
 class ActivationMeter:
-    """Context: peak_bytes is afterwards the memory taken at the worst moment beyond what was held before, 0 when it cannot be read."""
+    """Context: peak_bytes is afterwards the memory taken at the worst moment beyond what was held before, 0 when it
+    cannot be read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peak_bytes = device, 0

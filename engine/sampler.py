@@ -1,8 +1,10 @@
-"""Sampler: logits of the rows that sample to token ids and log-probabilities. Runs on the last stage's tensor rank 0, which decides.
+"""Sampler: logits of the rows that sample to token ids and log-probabilities. Runs on the last stage's tensor rank 0,
+which decides.
 
-Order, as in vLLM: log-probabilities are of the raw logits; then allowed ids, bad words, min_tokens, logit_bias, penalties; greedy rows take
-the best token; others are divided by the temperature, filtered (min-p, top-k, top-p), and the best of logits + Gumbel noise is the sample,
-which is an exact draw from the filtered softmax. Equal logits: the lowest token id wins.
+Order, as in vLLM: log-probabilities are of the raw logits; then allowed ids, bad words, min_tokens, logit_bias,
+penalties; greedy rows take the best token; others are divided by the temperature, filtered (min-p, top-k, top-p), and
+the best of logits + Gumbel noise is the sample, which is an exact draw from the filtered softmax. Equal logits: the
+lowest token id wins.
 """
 
 from collections.abc import Sequence
@@ -54,8 +56,8 @@ def edits_logits(params: SamplingParams, sequence: SequenceState) -> bool:
 
 
 def banned_tokens(sequence: SequenceState) -> list[int]:
-    """Tokens that may not come next: the ends of bad words whose beginning stands at the end of the output, and end tokens while
-    min_tokens is not reached."""
+    """Tokens that may not come next: the ends of bad words whose beginning stands at the end of the output, and end
+    tokens while min_tokens is not reached."""
     banned = []
     for word in sequence.bad_words_token_ids:
         begin = len(word) - 1
@@ -94,7 +96,8 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """One token per row, and its log-probabilities where the request asked for them.
 
-        logits_RV: [num_rows, vocab_size] float32, overwritten. sequences: the rows' states, their tokens complete up to this position.
+        logits_RV: [num_rows, vocab_size] float32, overwritten. sequences: the rows' states, their tokens complete up to
+        this position.
         """
         wanted = [sequence.sampling.logprobs for sequence in sequences]
         raw_RV = logits_RV.clone() if any(count is not None for count in wanted) else logits_RV

@@ -1,7 +1,9 @@
-"""Worker: one rank of a replica. Holds its shard of the model and of the cache, runs step plans, samples on the last stage's tensor rank 0.
+"""Worker: one rank of a replica. Holds its shard of the model and of the cache, runs step plans, samples on the last
+stage's tensor rank 0.
 
-Life: load -> profile -> allocate_cache -> run, run, ... -> close. Every rank of the replica calls the same methods in the same order, since
-each of them may contain collectives. Hidden states go from stage to stage between ranks of equal tp_rank.
+Life: load -> profile -> allocate_cache -> run, run, ... -> close. Every rank of the replica calls the same methods in
+the same order, since each of them may contain collectives. Hidden states go from stage to stage between ranks of equal
+tp_rank.
 """
 
 import time
@@ -31,7 +33,8 @@ REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
 class Worker:
-    """One rank. config is resolved (no `auto` left in dtype, device or max_model_len); shard says what of the spec it holds."""
+    """One rank. config is resolved (no `auto` left in dtype, device or max_model_len); shard says what of the spec it
+    holds."""
 
     def __init__(
         self,
@@ -56,7 +59,8 @@ class Worker:
         return BatchState(self.config.cache.block_size, len(self.spec.cache_windows), self.device)
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file and tensor."""
+        """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
+        and tensor."""
         weights = load_weights(
             self.model_dir, self.config, self.spec, self.shard, self.dtype, self.device, on_progress=on_progress
         )
@@ -71,7 +75,8 @@ class Worker:
         )
 
     def profile(self) -> MemoryReport:
-        """Run one step of the largest size on a cache of its own and report what memory this rank needs and has. Collective."""
+        """Run one step of the largest size on a cache of its own and report what memory this rank needs and has.
+        Collective."""
         plan, num_blocks, scale = profile_plan(self.config, self.spec, self.device)
         self.allocate_cache(num_blocks)
         with ActivationMeter(self.device) as meter:
@@ -118,7 +123,8 @@ class Worker:
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
     def resolve_refs(self, plan: StepPlan) -> dict[tuple[int, int], int]:
-        """The tokens of the plan's TokenRefs, told to all ranks by the one that sampled them. Collective when there are any."""
+        """The tokens of the plan's TokenRefs, told to all ranks by the one that sampled them. Collective when there are
+        any."""
         refs = [(row.ref.step, row.ref.row) for row in plan.rows if row.ref is not None]
         if not refs:
             return {}
@@ -128,7 +134,8 @@ class Worker:
         return dict(zip(refs, tokens.tolist(), strict=True))
 
     def results(self, plan: StepPlan, stops: list[int], hidden_TH: torch.Tensor) -> list[RowResult] | None:
-        """Sample the rows that want it and score the prompts that want it. Collective over the tensor group; None off its rank 0."""
+        """Sample the rows that want it and score the prompts that want it. Collective over the tensor group; None off
+        its rank 0."""
         sequences = [self.state.sequences[row.request_id] for row in plan.rows]
         prompt_logprobs = [
             self.prompt_logprobs(row, sequence, stop, hidden_TH)
@@ -165,7 +172,8 @@ class Worker:
     def prompt_logprobs(
         self, row: PlanRow, sequence: SequenceState, stop: int, hidden_TH: torch.Tensor
     ) -> list[TokenLogprobs] | None:
-        """Log-probabilities of the prompt tokens that follow this row's positions, when asked for. Collective over the tensor group."""
+        """Log-probabilities of the prompt tokens that follow this row's positions, when asked for. Collective over the
+        tensor group."""
         count = sequence.sampling.prompt_logprobs
         first = row.num_computed_tokens
         last = min(first + row.num_tokens, sequence.num_prompt_tokens - 1)

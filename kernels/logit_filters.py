@@ -1,7 +1,9 @@
-"""Top-k, top-p (nucleus, arXiv:1904.09751) and min-p (arXiv:2407.01082): drop unlikely tokens by setting their logits to -inf.
+"""Top-k, top-p (nucleus, arXiv:1904.09751) and min-p (arXiv:2407.01082): drop unlikely tokens by setting their logits
+to -inf.
 
-Applied after the temperature, in the order vLLM has: min-p, then top-k, then top-p on what top-k left. Ties at a boundary: top-k keeps
-every token equal to the k-th; top-p keeps the lowest token ids first. The best token is always kept.
+Applied after the temperature, in the order vLLM has: min-p, then top-k, then top-p on what top-k left. Ties at a
+boundary: top-k keeps every token equal to the k-th; top-p keeps the lowest token ids first. The best token is always
+kept.
 """
 
 import torch
@@ -29,7 +31,8 @@ def filter_logits_(
 ) -> torch.Tensor:
     """Filter every row in place and return the tensor.
 
-    logits_RV: [num_rows, vocab_size] float32. top_k_R: int64, 0 or less keeps all. top_p_R, min_p_R: float32; 1 and 0 keep all.
+    logits_RV: [num_rows, vocab_size] float32. top_k_R: int64, 0 or less keeps all. top_p_R, min_p_R: float32; 1 and 0
+    keep all.
     """
     vocab = logits_RV.shape[1]
     if bool((min_p_R > 0).any()):

@@ -17,8 +17,8 @@ def apply_penalties_(
 ) -> torch.Tensor:
     """Apply all three in place and return the tensor.
 
-    logits_RV: [num_rows, vocab_size] float32. prompt_seen_RV: bool. output_counts_RV: int32, occurrences in the output. The penalties:
-    [num_rows] float32; 0, 0 and 1 change nothing.
+    logits_RV: [num_rows, vocab_size] float32. prompt_seen_RV: bool. output_counts_RV: int32, occurrences in the output.
+    The penalties: [num_rows] float32; 0, 0 and 1 change nothing.
     """
     in_output = output_counts_RV > 0
     factor = torch.where(prompt_seen_RV | in_output, repetition_R.unsqueeze(1), 1.0)

@@ -1,7 +1,7 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-The number of a token depends only on (seed; absolute output position, sample index, token id, purpose): not on the batch, the vocabulary
-shard or the device. Four neighbouring token ids share one counter and take its four lanes.
+The number of a token depends only on (seed; absolute output position, sample index, token id, purpose): not on the
+batch, the vocabulary shard or the device. Four neighbouring token ids share one counter and take its four lanes.
 
     counter = (token_id // 4, position, sample_index, purpose)    key = (seed low, seed high)    lane = token_id % 4
 """
@@ -28,7 +28,8 @@ def philox_reference(counter: tuple[int, int, int, int], key: tuple[int, int]) -
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Philox4x32-10 on tensors that broadcast together; int64 holding 32-bit values. Returns [..., 4] int64 in [0, 2**32).
+    """Philox4x32-10 on tensors that broadcast together; int64 holding 32-bit values. Returns [..., 4] int64 in [0,
+    2**32).
 
     The 64-bit products wrap in int64, which keeps their bits; shifting and masking reads both halves.
     """

@@ -6,10 +6,12 @@ import torch
 def token_logprobs(
     logits_RV: torch.Tensor, token_ids_R: torch.Tensor, num_best: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-softmax at the chosen token first, then at the `num_best` best tokens in falling order (lowest id first among equals).
+    """Log-softmax at the chosen token first, then at the `num_best` best tokens in falling order (lowest id first among
+    equals).
 
     logits_RV: [num_rows, vocab_size] float32, before temperature and penalties. token_ids_R: [num_rows] int64.
-    Returns (ids [num_rows, 1 + num_best] int64, logprobs float32 of the same shape, rank of the chosen token [num_rows] int64, 1 is best).
+    Returns (ids [num_rows, 1 + num_best] int64, logprobs float32 of the same shape, rank of the chosen token [num_rows]
+    int64, 1 is best).
     """
     logprobs_RV = logits_RV.log_softmax(-1)
     chosen = logprobs_RV.gather(1, token_ids_R.unsqueeze(1))
@@ -21,7 +23,8 @@ def token_logprobs(
 
 
 def best_tokens(values_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and ids of the `count` largest entries of every row, falling, lowest id first among equals: [num_rows, count] each."""
+    """Values and ids of the `count` largest entries of every row, falling, lowest id first among equals: [num_rows,
+    count] each."""
     best, ids = values_RV.topk(count, dim=-1)
     by_id = ids.argsort(dim=-1)
     best, ids = best.gather(1, by_id), ids.gather(1, by_id)

@@ -12,8 +12,8 @@ import torch
 class GroupTables:
     """Where one cache group keeps the rows' keys and values.
 
-    block_table_RB: [num_rows, max_blocks] int32, -1 or stale beyond a row's blocks and before its window, never read there.
-    slot_mapping_T: [num_tokens] int64, block * block_size + offset where each token's key and value go.
+    block_table_RB: [num_rows, max_blocks] int32, -1 or stale beyond a row's blocks and before its window, never read
+    there. slot_mapping_T: [num_tokens] int64, block * block_size + offset where each token's key and value go.
     """
 
     block_table_RB: torch.Tensor
@@ -22,9 +22,9 @@ class GroupTables:
 
 @dataclass(frozen=True, slots=True)
 class BatchInput:
-    """token_ids_T, positions_T: [num_tokens] int64. cu_seqlens_q: [num_rows + 1] int32, row r's tokens are [cu[r], cu[r + 1]).
-    seq_lens: [num_rows] int32, tokens in the cache after this step (the last token's position + 1). max_seqlen_q, max_seqlen_k: ints.
-    groups: one per cache group of DecoderSpec.cache_windows."""
+    """token_ids_T, positions_T: [num_tokens] int64. cu_seqlens_q: [num_rows + 1] int32, row r's tokens are [cu[r], cu[r
+    + 1]). seq_lens: [num_rows] int32, tokens in the cache after this step (the last token's position + 1).
+    max_seqlen_q, max_seqlen_k: ints. groups: one per cache group of DecoderSpec.cache_windows."""
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor

@@ -1,13 +1,15 @@
-"""The parameter table of a rank: every local tensor, its shape, and which ranges of which logical parameters it is made of.
+"""The parameter table of a rank: every local tensor, its shape, and the ranges of logical parameters it is made of.
 
 Logical parameters are the unsharded, canonical tensors ([out, in] weights) that families map to checkpoint tensors:
     embed.weight [V, H]   positions.weight [P, H]   final_norm.{weight,bias} [H]   head.{weight [V, H], bias [V]}
     layers.I.{pre_mixer,post_mixer,pre_ffn,post_ffn}_norm.{weight,bias} [H]
-    layers.I.mixer.{q,k,v,o}.{weight,bias}   layers.I.mixer.{q_norm,k_norm}.{weight,bias}   layers.I.mixer.sinks [num_heads]
-    layers.I.ffn.{gate,up,down}.{weight,bias}   layers.I.ffn.router.weight [E, H]   layers.I.ffn.experts.E.{gate,up,down}.weight
+    layers.I.mixer.{q,k,v,o}.{weight,bias}   layers.I.mixer.{q_norm,k_norm}.{weight,bias}
+    layers.I.mixer.sinks [num_heads]
+    layers.I.ffn.{gate,up,down}.{weight,bias}   layers.I.ffn.router.weight [E, H]
+    layers.I.ffn.experts.E.{gate,up,down}.weight
     layers.I.ffn.shared.{gate,up,down}.weight   layers.I.ffn.shared_gate.weight [1, H]
-Local tensors are what the decoder computes with: query, key and value rows are fused into mixer.qkv, gate and up into ffn.gate_up, experts
-are stacked. The ledger, `explain`, the loader and the decoder all read this one table. No torch.
+Local tensors are what the decoder computes with: query, key and value rows are fused into mixer.qkv, gate and up into
+ffn.gate_up, experts are stacked. The ledger, `explain`, the loader and the decoder all read this one table. No torch.
 """
 
 from collections.abc import Iterator
@@ -21,8 +23,8 @@ from shoal.parallel.sharding import Range
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A block of a logical parameter and where it goes. source: ranges per dimension of the logical parameter; dest: ranges per dimension
-    of the local tensor (which has one leading dimension more for stacked experts)."""
+    """A block of a logical parameter and where it goes. source: ranges per dimension of the logical parameter; dest:
+    ranges per dimension of the local tensor (which has one leading dimension more for stacked experts)."""
 
     logical: str
     source: tuple[Range, ...]
@@ -49,7 +51,8 @@ def whole(name: str, *shape: int) -> LocalParameter:
 
 
 def stacked(name: str, pieces: list[tuple[str, Range]], width: int | None) -> LocalParameter:
-    """Row ranges of several logical parameters on top of each other; width is the second dimension, None for vectors."""
+    """Row ranges of several logical parameters on top of each other; width is the second dimension, None for
+    vectors."""
     columns: tuple[Range, ...] = () if width is None else ((0, width),)
     parts, row = [], 0
     for logical, (start, stop) in pieces:
@@ -84,7 +87,7 @@ def attention_parameters(prefix: str, mixer: Attention, hidden: int, shard: Mode
     if mixer.out_bias:
         yield whole(f"{prefix}.o.bias", hidden)
     if mixer.qk_norm is not None:
-        for x, size, local in (("q", mixer.num_heads, q_rows), ("k", mixer.num_kv_heads, kv_rows)):
+        for x, local in (("q", q_rows), ("k", kv_rows)):
             for kind in ("weight", "bias") if mixer.qk_norm.norm.bias else ("weight",):
                 name = f"{prefix}.{x}_norm.{kind}"
                 yield whole(name, dim) if mixer.qk_norm.per_head else stacked(name, [(name, local)], None)
@@ -151,7 +154,8 @@ def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
 
 
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
-    """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a tensor of its own."""
+    """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a
+    tensor of its own."""
     vocab, hidden = shard.vocab(spec.vocab_size), spec.hidden_size
     if shard.has_embedding:
         yield stacked("embed.weight", [("embed.weight", vocab)], hidden)

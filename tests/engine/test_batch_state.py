@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 import torch
+
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import BatchState, PlanMismatch
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan, TokenRef

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.sampler import Sampler

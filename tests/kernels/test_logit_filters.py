@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from shoal.kernels.logit_filters import filter_logits_, filter_reference
 from shoal.kernels.penalties import apply_penalties_
 from shoal.kernels.token_logprobs import best_tokens, token_logprobs

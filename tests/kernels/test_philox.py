@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from shoal.kernels.philox import gumbel_noise, philox, philox_reference
 
 KNOWN = [
