@@ -1,7 +1,7 @@
-"""The one declaration of every setting: YAML keys, flags, Python keywords, documentation and `explain` are made from it.
+"""The one declaration of every setting: YAML keys, flags, Python keywords, documentation and `explain` come from it.
 
-A field's flag and keyword default to its own name; `extra` in its Meta overrides them where vLLM users know another spelling.
-Constructors do not validate: `shoal.configs.loader` does, and reports every error at once.
+A field's flag and keyword default to its own name; `extra` in its Meta overrides them where vLLM users know another
+spelling. Constructors do not validate: `shoal.configs.loader` does, and reports every error at once.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,72 +26,78 @@ def _names(*flags: str, keyword: str | None = None, size: bool = False) -> dict[
     return extra
 
 
-Positive = Annotated[int, Meta(ge=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+RankCount = Annotated[int, Meta(ge=1, le=4096)]
+Bytes = Annotated[int, Meta(ge=1, le=2**62)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]
+Share = Annotated[float, Meta(gt=0.0, le=1.0)]
+Weight = Annotated[float, Meta(gt=0.0)]
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
     """Which checkpoint, and how it is read."""
 
     path: Annotated[
-        str | None,
+        Text | None,
         Meta(
             description="A local folder, a Hugging Face hub id, or `demo`.",
             extra=_names("--model", keyword="model"),
         ),
     ] = None
-    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the hub repository.")] = None
-    tokenizer: Annotated[str | None, Meta(description="Folder of another tokenizer; default: the model's own.")] = None
+    revision: Annotated[Text | None, Meta(description="Branch, tag or commit of the hub repository.")] = None
+    tokenizer: Annotated[Text | None, Meta(description="Folder of another tokenizer; default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, Meta(description="Work with token ids only.")] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
     max_model_len: Annotated[
-        int | None, Meta(ge=1, description="Longest prompt plus output, in tokens; default: the checkpoint's limit.")
+        Positive | None,
+        Meta(description="Longest prompt plus output, in tokens; default: the checkpoint's limit."),
     ] = None
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"],
         Meta(description="dummy makes random weights in place and reads no file."),
     ] = "auto"
     checksums: Annotated[
-        str | None,
+        Text | None,
         Meta(description="A manifest of SHA-256 sums (sha256sum format) every weight file is checked against."),
     ] = None
-    served_model_name: Annotated[str | None, Meta(description="Name the model is served under; default: its path.")] = (
-        None
-    )
+    served_model_name: Annotated[
+        Text | None,
+        Meta(description="Name the model is served under; default: its path."),
+    ] = None
 
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
     """The layout: tensor x pipeline x data."""
 
     tensor: Annotated[
-        int,
+        RankCount,
         Meta(
-            ge=1,
             description="Ranks that share every layer.",
             extra=_names("--tensor-parallel-size", "-tp", keyword="tensor_parallel_size"),
         ),
     ] = 1
     pipeline: Annotated[
-        int,
+        RankCount,
         Meta(
-            ge=1,
             description="Stages the layers are divided into.",
             extra=_names("--pipeline-parallel-size", "-pp", keyword="pipeline_parallel_size"),
         ),
     ] = 1
     data: Annotated[
-        int,
+        RankCount,
         Meta(
-            ge=1,
             description="Replicas of the whole model.",
             extra=_names("--data-parallel-size", "-dp", keyword="data_parallel_size"),
         ),
     ] = 1
     tensor_weights: Annotated[
-        list[Annotated[float, Meta(gt=0.0)]] | None,
-        Meta(description="Share of each tensor rank, for unequal devices, such as [2, 1, 1]."),
+        list[Weight] | None,
+        Meta(description="Share of each tensor rank, for unequal devices, such as [2, 1, 1]; default: equal."),
     ] = None
     pipeline_layers: Annotated[
         list[Positive] | None,
@@ -111,49 +117,54 @@ class CacheConfig(Section, frozen=True, kw_only=True):
 
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per block.")] = 16
     num_blocks: Annotated[
-        int | None,
-        Meta(ge=1, description="Blocks of the cache (of each group); default: as many as memory allows."),
+        Positive | None,
+        Meta(description="Blocks of the cache (of each group); default: as many as memory allows."),
     ] = None
     memory: Annotated[
-        int | None,
+        Bytes | None,
         Meta(
-            ge=1,
             description="Bytes of KV cache per rank, such as 4GiB; default: what gpu_memory_utilization leaves.",
             extra=_names("--kv-cache-memory-bytes", keyword="kv_cache_memory_bytes", size=True),
         ),
     ] = None
     gpu_memory_utilization: Annotated[
-        float | None,
+        Share | None,
         Meta(
-            gt=0.0,
-            le=1.0,
-            description="Part of the device's memory Shoal may use; on a CPU, of the available memory, shared by the local ranks. "
-            "Default: 0.9 on a GPU, 0.5 on a CPU.",
+            description="Part of the device's memory Shoal may use; on a CPU, of the available memory, shared by the "
+            "local ranks. Default: 0.9 on a GPU, 0.5 on a CPU.",
         ),
     ] = None
     reserve: Annotated[
-        int, Meta(ge=0, description="Bytes per rank left alone beyond the measured peak.", extra=_names(size=True))
+        int,
+        Meta(
+            ge=0,
+            le=2**62,
+            description="Bytes per rank left alone beyond the measured peak.",
+            extra=_names("--memory-reserve", keyword="memory_reserve", size=True),
+        ),
     ] = 64 << 20
-    enable_prefix_caching: Annotated[bool, Meta(description="Share the blocks of equal prefixes between requests.")] = (
-        True
-    )
+    enable_prefix_caching: Annotated[
+        bool,
+        Meta(description="Share the blocks of equal prefixes between requests."),
+    ] = True
 
 
 class SchedulerConfig(Section, frozen=True, kw_only=True):
     """What one step may hold."""
 
-    max_num_seqs: Annotated[int, Meta(ge=1, description="Most requests running at once, per replica.")] = 256
-    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="Most tokens in one step.")] = 2048
+    max_num_seqs: Annotated[Positive, Meta(description="Most requests running at once, per replica.")] = 256
+    max_num_batched_tokens: Annotated[Positive, Meta(description="Most tokens in one step.")] = 2048
     prefill_share: Annotated[
-        float,
-        Meta(gt=0.0, le=1.0, description="Most of a step's token budget that prefill may take while others decode."),
+        Share,
+        Meta(description="Most of a step's token budget that prefill may take while others decode."),
     ] = 1.0
     inter_token_limit_s: Annotated[
-        float | None,
-        Meta(gt=0.0, description="Prefill is cut so that a step's predicted time stays under this many seconds."),
+        Seconds | None,
+        Meta(description="Prefill is cut so that a step's predicted time stays under this many seconds."),
     ] = None
     max_queued_requests: Annotated[
-        int, Meta(ge=1, description="Requests waiting per replica before new ones are refused.")
+        Positive,
+        Meta(description="Requests waiting per replica before new ones are refused."),
     ] = 8192
 
 
@@ -163,35 +174,40 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
     kind: Annotated[
         Literal["auto", "inprocess", "local", "torchrun"],
         Meta(
-            description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one rank, else local.",
+            description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one "
+            "rank, else local.",
             extra=_names("--launcher", keyword="launcher"),
         ),
     ] = "auto"
-    start_timeout_s: Annotated[float, Meta(gt=0.0, description="Seconds until every rank must be ready.")] = 600.0
+    start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[
-        float, Meta(gt=0.0, description="Seconds one step, or one collective in it, may take.")
+        Seconds,
+        Meta(description="Seconds one step, or one collective in it, may take."),
     ] = 120.0
-    stop_timeout_s: Annotated[float, Meta(gt=0.0, description="Seconds ranks get to end before they are killed.")] = 2.0
+    stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True):
     """Devices, kernels and numerics."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto takes the GPUs when torch sees any.")] = (
-        "auto"
-    )
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Meta(description="auto takes the GPUs when torch sees any."),
+    ] = "auto"
     deterministic: Annotated[
-        bool, Meta(description="One reduction order per row whatever the batch, chunk, cache hit or restart.")
+        bool,
+        Meta(description="One reduction order per row whatever the batch, chunk, cache hit or restart."),
     ] = False
     seed: Annotated[
-        int | None,
+        Seed | None,
         Meta(
-            ge=0,
-            description="Seed of the seeds drawn for requests without one, and of dummy weights; default: from the system.",
+            description="Seed of the seeds drawn for requests without one, and of dummy weights; makes a whole run "
+            "reproducible. Default: from the system."
         ),
     ] = None
     threads: Annotated[
-        int | None, Meta(ge=1, description="CPU threads per rank; default: the host's cores divided by its ranks.")
+        Positive | None,
+        Meta(description="CPU threads per rank; default: the host's cores divided by its ranks."),
     ] = None
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
@@ -205,7 +221,10 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
             description="The C kernels on CPUs: auto warns and uses torch without a compiler, require refuses to start."
         ),
     ] = "auto"
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="What ranks report.")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="What ranks report; debug also prints the traceback of a failure."),
+    ] = "info"
 
 
 class ShoalConfig(Section, frozen=True, kw_only=True):
@@ -220,7 +239,8 @@ class ShoalConfig(Section, frozen=True, kw_only=True):
     sampling: Annotated[
         dict[str, Any],
         Meta(
-            description="Defaults of SamplingParams for requests that give none; overrides the checkpoint's generation_config."
+            description="Defaults of SamplingParams for requests that give none; overrides the checkpoint's "
+            "generation_config."
         ),
     ] = msgspec.field(default_factory=dict)
 

@@ -1,0 +1,173 @@
+"""What must hold between settings: contradictions, and settings that could not take effect, are refused here.
+
+What depends on the model or on the devices found (heads per rank, memory, GPUs) is checked where that is known.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from shoal.configs.problems import Problem
+from shoal.configs.schema import ShoalConfig
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MARKER = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun itself: MASTER_ADDR, RANK and WORLD_SIZE alone may stem from another launcher (Slurm, MPI)."""
+
+
+def is_torchrun(environ: Mapping[str, str]) -> bool:
+    """Whether this process was started by torchrun."""
+    return _MARKER in environ and all(name in environ for name in TORCHRUN_VARIABLES)
+
+
+def check_together(
+    config: ShoalConfig, given: set[str], wrong: set[str], environ: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Every contradiction between settings that are legal each on its own.
+
+    given: keys somebody set, as opposed to defaults. wrong: keys already refused, whose values in `config` are the
+    defaults; checks that read them are left out. environ: the process environment, for torchrun's variables.
+    """
+    for check, keys in _CHECKS:
+        if wrong.isdisjoint(keys):
+            yield from check(config, given)
+    if wrong.isdisjoint(_LAYOUT_KEYS):
+        yield from _launcher(config, environ)
+
+
+def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    model = config.model
+    if model.checksums is not None and model.load_format == "dummy":
+        yield Problem(
+            key="model.checksums",
+            value=model.checksums,
+            message="cannot be checked with model.load_format = dummy, which reads no file; leave one of them out",
+        )
+    if model.tokenizer is not None and model.skip_tokenizer_init:
+        yield Problem(
+            key="model.tokenizer",
+            value=model.tokenizer,
+            message="would not be used with model.skip_tokenizer_init = true; leave one of them out",
+        )
+    if model.revision is not None and model.path == "demo":
+        yield Problem(
+            key="model.revision",
+            value=model.revision,
+            message="only hub repositories have revisions, and model.path is demo; leave it out",
+        )
+
+
+def _layout(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    parallel = config.parallel
+    weights, layers = parallel.tensor_weights, parallel.pipeline_layers
+    if weights is not None and len(weights) != parallel.tensor:
+        yield Problem(
+            key="parallel.tensor_weights",
+            value=_listed(weights),
+            message=f"must have one weight per tensor rank: {len(weights)} weights, but parallel.tensor is "
+            f"{parallel.tensor} (-tp {len(weights)} would fit)",
+        )
+    if layers is not None and len(layers) != parallel.pipeline:
+        yield Problem(
+            key="parallel.pipeline_layers",
+            value=_listed(layers),
+            message=f"must have one number per stage: {len(layers)} numbers, but parallel.pipeline is "
+            f"{parallel.pipeline} (-pp {len(layers)} would fit)",
+        )
+
+
+def _cache(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    cache, max_model_len = config.cache, config.model.max_model_len
+    if cache.num_blocks is not None and cache.memory is not None:
+        yield Problem(
+            key="cache.memory",
+            value=str(cache.memory),
+            message=f"would not be used: cache.num_blocks = {cache.num_blocks} fixes the size; leave one of them out",
+        )
+    if cache.num_blocks is not None and max_model_len is not None:
+        needed = -(-max_model_len // cache.block_size)
+        if cache.num_blocks < needed:
+            yield Problem(
+                key="cache.num_blocks",
+                value=str(cache.num_blocks),
+                message=f"{cache.num_blocks} blocks of {cache.block_size} tokens cannot hold one request of "
+                f"model.max_model_len = {max_model_len}; at least {needed} blocks, or max_model_len at most "
+                f"{cache.num_blocks * cache.block_size}",
+            )
+
+
+def _scheduler(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    seqs, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    if "scheduler.max_num_seqs" in given and seqs > tokens:
+        yield Problem(
+            key="scheduler.max_num_seqs",
+            value=str(seqs),
+            message=f"must be at most scheduler.max_num_batched_tokens = {tokens}: each running request needs a token "
+            "of the step's budget",
+        )
+
+
+def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    runtime = config.runtime
+    if runtime.collectives == "shm" and runtime.device == "cuda":
+        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto or nccl")
+    if runtime.collectives == "nccl" and runtime.device == "cpu":
+        yield _collectives("nccl", "work on GPU tensors only, and runtime.device is cpu; use auto, shm or gloo")
+    if runtime.collectives == "shm" and runtime.native == "off":
+        yield _collectives("shm", "are C kernels, and runtime.native is off; use gloo, or native auto")
+    if runtime.native == "require" and runtime.device == "cuda":
+        yield Problem(
+            key="runtime.native",
+            value="require",
+            message="the C kernels run on CPUs, and runtime.device is cuda; use auto",
+        )
+
+
+def _collectives(kind: str, reason: str) -> Problem:
+    return Problem(key="runtime.collectives", value=kind, message=f"these collectives {reason}")
+
+
+def _launcher(config: ShoalConfig, environ: Mapping[str, str]) -> Iterator[Problem]:
+    kind, world_size = config.launcher.kind, config.world_size
+    layout = " x ".join(str(size) for size in (config.parallel.tensor, config.parallel.pipeline, config.parallel.data))
+    if kind == "inprocess" and world_size != 1:
+        yield Problem(
+            key="launcher.kind",
+            value=kind,
+            message=f"one process runs one rank, and the layout {layout} (tensor x pipeline x data) has {world_size}; "
+            "use auto or local",
+        )
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
+    if kind == "torchrun" and missing:
+        yield Problem(
+            key="launcher.kind",
+            value=kind,
+            message=f"torchrun's variables {', '.join(missing)} are not set; start with "
+            f"`torchrun --nproc-per-node {world_size} -m shoal ...`",
+        )
+    elif kind == "torchrun" or (kind == "auto" and is_torchrun(environ)):
+        yield from _torchrun_size(environ["WORLD_SIZE"], world_size, layout)
+
+
+def _torchrun_size(text: str, world_size: int, layout: str) -> Iterator[Problem]:
+    if text != str(world_size):
+        yield Problem(
+            key="launcher.kind",
+            value="torchrun",
+            message=f"torchrun started {text} processes, but the layout {layout} (tensor x pipeline x data) has "
+            f"{world_size} ranks; start as many with --nproc-per-node and --nnodes, or change the layout",
+        )
+
+
+def _listed(values: list[float] | list[int]) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+_LAYOUT_KEYS = ("launcher.kind", "parallel.tensor", "parallel.pipeline", "parallel.data")
+_Check = Callable[[ShoalConfig, set[str]], Iterator[Problem]]
+_CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
+    (_model, ("model.checksums", "model.load_format", "model.tokenizer", "model.revision", "model.path")),
+    (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),
+    (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
+    (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
+    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
+)
+"""Each check with the keys it reads."""
