@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from shoal.configs.host import available_host_bytes
 from shoal.configs.sampling import SamplingParams
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan
@@ -43,25 +44,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, cgroup_available_bytes())
-
-
-def cgroup_available_bytes() -> int:
-    """What the container's memory limit leaves (cgroup v2, then v1); without a limit, a very large number."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_file) as limit, open(used_file) as used:
-                text = limit.read().strip()
-                if text != "max":
-                    return max(0, int(text) - int(used.read()))
-        except (OSError, ValueError):
-            continue
-    return 1 << 62
+    return available_host_bytes()
 
 
 class ActivationMeter:

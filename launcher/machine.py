@@ -1,0 +1,60 @@
+"""The limits of this machine, measured: how fast memory is read and how fast matrices are multiplied. Benchmarks quote
+both."""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+BUFFER_BYTES = 256 << 20  # several times any cache, so that reads come from memory
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+class MachineLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Best of several rounds. read_bytes_per_s: a plain sum over a large buffer. gemm_flops_per_s: square product in
+    `dtype`."""
+
+    device: str
+    threads: int
+    dtype: str
+    read_bytes_per_s: float
+    gemm_flops_per_s: float
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, budget_s: float = 0.6) -> float:
+    """The fastest of at least three runs, repeated for about budget_s seconds."""
+    best, deadline, rounds = float("inf"), time.perf_counter() + budget_s, 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, rounds = min(best, time.perf_counter() - start), rounds + 1
+    return best
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading memory."""
+    numel = BUFFER_BYTES // 4 * (1 if device.type == "cpu" else 16)
+    buffer = torch.ones(numel, dtype=torch.float32, device=device)
+    return buffer.numel() * 4 / best_seconds(lambda: buffer.sum(), device)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds of a square matrix product, counted as two FLOP each, per second."""
+    size = GEMM_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: left @ right, device)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
+    """Both limits with the threads torch has now. Takes about two seconds."""
+    with torch.inference_mode():
+        return MachineLimits(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            dtype=str(dtype).removeprefix("torch."),
+            read_bytes_per_s=read_bandwidth(device),
+            gemm_flops_per_s=gemm_rate(device, dtype),
+        )

@@ -1,0 +1,292 @@
+"""Shoal beside its peers: the same token ids through every engine in one run, alternating, medians, with the machine's
+limits.
+
+    python scripts/bench_peers.py --model demo                                   # Shoal and transformers on the demo
+    model python scripts/bench_peers.py --shape 200m --dtype bfloat16 --rounds 5 --json out.json --plot out.png
+    python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-bench BIN --gguf FILE
+
+Engines: shoal, transformers (static left-padded batches), transformers-cb (continuous batching with explicit sizes);
+vLLM when the interpreter given as --vllm-python has it; llama.cpp when its llama-bench binary and the same model as
+GGUF are given (it makes its own random ids; speed does not depend on them). Each engine is a process of its own that
+stays loaded; in every round each of them runs the workload once, in turn, and the medians are compared. Workloads:
+
+    decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
+    batch    32 requests, 64 to 256 in, 32 to 96 out
+    prompt   4 prompts of 1,024 (or what the context holds), 1 token out: limited by the GEMM rate
+    shared   24 requests that share 512 tokens, 32 more of their own, 32 out
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from shoal.configs.model_path import resolve_model_path
+from shoal.launcher.machine import MachineLimits, measure_limits
+
+SHAPES = {
+    "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+                 intermediate_size=704, vocab_size=4096),
+    "200m": dict(hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=8,
+                 intermediate_size=2816, vocab_size=32000),
+    "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+               intermediate_size=8192, vocab_size=32000),
+}  # fmt: skip
+REPLY_TIMEOUT_S = 1800.0
+ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
+
+
+class Engine:
+    """A loaded engine in a child process."""
+
+    def __init__(self, name: str, python: str, model: Path, dtype: str, threads: int) -> None:
+        self.name = name
+        read_fd, write_fd = os.pipe()
+        self.process = subprocess.Popen(
+            [python, str(ENGINE_SCRIPT), name, str(model), dtype, "--reply-fd", str(write_fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[write_fd],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "2"},
+            text=True,
+        )
+        os.close(write_fd)
+        self.replies = os.fdopen(read_fd)
+        self.ready_s = self.reply()["ready_s"]
+
+    def reply(self) -> dict[str, float]:
+        """The next answer. Raises RuntimeError with the engine's last lines when it ended or is silent for too long."""
+        ready, _, _ = select.select([self.replies], [], [], REPLY_TIMEOUT_S)
+        line = self.replies.readline() if ready else ""
+        if not line:
+            self.process.kill()
+            assert self.process.stderr is not None
+            tail = "\n".join(self.process.stderr.read().splitlines()[-8:])
+            raise RuntimeError(f"engine {self.name} ended or was silent for {REPLY_TIMEOUT_S:.0f} s:\n{tail}")
+        return json.loads(line)
+
+    def run(self, requests: list[dict[str, Any]]) -> dict[str, float]:
+        """Run one workload."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"requests": requests}) + "\n")
+        self.process.stdin.flush()
+        return self.reply()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+        self.replies.close()
+
+
+def make_model(shape: str, folder: Path, dtype: str) -> Path:
+    """A random Llama of the shape, saved as a Hugging Face checkpoint. Needs transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def workloads(config: dict[str, Any], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The requests of every workload, cut to the model's context."""
+    rng, vocab = random.Random(seed), config["vocab_size"]
+    context = config.get("max_position_embeddings", 2048)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(min(count, context - 130))]
+
+    shared = ids(512)
+    return {
+        "decode": [{"ids": ids(64), "max_tokens": 128}],
+        "batch": [{"ids": ids(rng.randint(64, 256)), "max_tokens": rng.randint(32, 96)} for _ in range(32)],
+        "prompt": [{"ids": ids(1024), "max_tokens": 1} for _ in range(4)],
+        "shared": [{"ids": shared + ids(32), "max_tokens": 32} for _ in range(24)],
+    }
+
+
+def llama_cpp(binary: str, gguf: str, threads: int, requests: list[dict[str, Any]], name: str) -> float | None:
+    """Tokens per second of llama-bench for the workloads it can express (decode, prompt)."""
+    sizes = {"decode": ["-p", "0", "-n", "128"], "prompt": ["-p", str(len(requests[0]["ids"])), "-n", "0"]}
+    if name not in sizes:
+        return None
+    command = [binary, "-m", gguf, "-t", str(threads), "-r", "1", "-o", "json", *sizes[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=REPLY_TIMEOUT_S, check=True)
+    return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def measure(args: argparse.Namespace, model: Path, engines: list[Engine]) -> dict[str, dict[str, list[float]]]:
+    """workload -> engine -> tokens per second of every round (prompt tokens for `prompt`, output tokens otherwise)."""
+    config = json.loads((model / "config.json").read_text())
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, requests in workloads(config, args.seed).items():
+        if args.workloads and name not in args.workloads:
+            continue
+        rates = found[name] = {}
+        for index in range(args.rounds + 1):  # the first round warms up
+            for engine in engines:
+                answer = engine.run(requests)
+                tokens = sum(len(r["ids"]) for r in requests) if name == "prompt" else answer["output_tokens"]
+                if index:
+                    rates.setdefault(engine.name, []).append(tokens / answer["elapsed_s"])
+            if index and args.llama_bench:
+                rate = llama_cpp(args.llama_bench, args.gguf, args.threads, requests, name)
+                if rate is not None:
+                    rates.setdefault("llama.cpp", []).append(rate)
+        medians = {engine: statistics.median(values) for engine, values in rates.items()}
+        line = "  ".join(f"{engine} {rate:.1f}" for engine, rate in medians.items())
+        print(f"{name:8} tokens/s: {line}", flush=True)
+    return found
+
+
+def limit_of(workload: str, weights: int, itemsize: int, limits: MachineLimits) -> float | None:
+    """Tokens per second the machine allows where one limit rules: bandwidth for decode, GEMM rate for prompts."""
+    if workload == "decode":
+        return limits.read_bytes_per_s / (weights * itemsize)
+    if workload == "prompt":
+        return limits.gemm_flops_per_s / (2 * weights)
+    return None
+
+
+def table(found: dict[str, dict[str, list[float]]], limits: dict[str, float | None]) -> str:
+    """Medians, the ratio of Shoal to each peer, and Shoal's share of the limit, as Markdown."""
+    names = list(dict.fromkeys(engine for rates in found.values() for engine in rates))
+    lines = ["| workload | " + " | ".join(names) + " | limit | Shoal's share |", "|---" * (len(names) + 3) + "|"]
+    for workload, rates in found.items():
+        medians = {engine: statistics.median(values) for engine, values in rates.items()}
+        own, limit = medians.get("shoal"), limits.get(workload)
+        cells = [
+            "-" if name not in medians
+            else f"{medians[name]:.1f}" + ("" if name == "shoal" or not own else f" ({own / medians[name]:.2f}x)")
+            for name in names
+        ]  # fmt: skip
+        share = f"{own / limit:.0%}" if own and limit else "-"
+        lines.append(f"| {workload} | " + " | ".join(cells) + f" | {f'{limit:.0f}' if limit else '-'} | {share} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[str, list[float]]], limits: dict[str, float | None], path: str, title: str) -> None:
+    """Bars per workload, the limit as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(found), 3.6), layout="constrained")
+    for axes, (workload, rates) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        medians = {engine: statistics.median(values) for engine, values in rates.items()}
+        axes.bar(
+            list(medians), list(medians.values()), color=["#1f6f8b" if e == "shoal" else "#b0b7bd" for e in medians]
+        )
+        limit = limits.get(workload)
+        if limit is not None and limit < 3 * max(medians.values()):
+            axes.axhline(limit, color="#c0392b", linestyle="--", linewidth=1)
+        axes.set(title=workload, ylabel="tokens/s")
+        axes.tick_params(axis="x", rotation=30)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint folder, or `demo`")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="make a random Llama of this shape instead")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--engines", nargs="+", default=["shoal", "transformers", "transformers-cb"])
+    parser.add_argument("--workloads", nargs="+", choices=["decode", "batch", "prompt", "shared"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vllm-python", help="an interpreter that has vLLM")
+    parser.add_argument("--llama-bench", help="llama.cpp's llama-bench binary; needs --gguf")
+    parser.add_argument("--gguf", help="the same model for llama.cpp")
+    parser.add_argument("--json", help="write every round's numbers here")
+    parser.add_argument("--plot", help="write a picture here")
+    args = parser.parse_args()
+    if (args.model is None) == (args.shape is None):
+        parser.error("give either --model or --shape")
+    if (args.llama_bench is None) != (args.gguf is None):
+        parser.error("--llama-bench and --gguf belong together")
+    return args
+
+
+def touched_weights(model: Path) -> int:
+    """Weights one token is multiplied with: all of them, less an embedding table that is not the head as well."""
+    names: dict[str, int] = {}
+    for file in model.glob("*.safetensors"):
+        with open(file, "rb") as data:
+            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        names |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    untied = "lm_head.weight" in names
+    return sum(size for name, size in names.items() if not (untied and name.endswith("embed_tokens.weight")))
+
+
+def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
+    """Load every engine; those already loaded are closed when one fails."""
+    engines: list[Engine] = []
+    names = [(name, sys.executable) for name in args.engines]
+    if args.vllm_python:
+        names.append(("vllm", args.vllm_python))
+    try:
+        for name, python in names:
+            engines.append(Engine(name, python, model, args.dtype, args.threads))
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    print("ready:   " + "  ".join(f"{engine.name} {engine.ready_s:.1f} s" for engine in engines), flush=True)
+    return engines
+
+
+def compare(args: argparse.Namespace, model: Path, limits: MachineLimits) -> None:
+    """Run the comparison on a checkpoint; print the table, write JSON and picture."""
+    engines = start_engines(args, model)
+    try:
+        found = measure(args, model, engines)
+    finally:
+        for engine in engines:
+            engine.close()
+    itemsize = 4 if args.dtype == "float32" else 2
+    bounds = {name: limit_of(name, touched_weights(model), itemsize, limits) for name in found}
+    title = f"{args.model or args.shape}, {args.dtype}, {args.threads} threads"
+    print(f"\n{title}; limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s, {limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s\n")
+    print(table(found, bounds))
+    if args.json:
+        ready = {engine.name: engine.ready_s for engine in engines}
+        payload = {"title": title, "limits": msgspec.to_builtins(limits), "ready_s": ready, "tokens_per_s": found}
+        Path(args.json).write_text(json.dumps(payload, indent=1) + "\n")
+    if args.plot:
+        plot(found, bounds, args.plot, title)
+
+
+def main() -> int:
+    """Measure the machine, make or find the model, compare."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    limits = measure_limits(torch.device("cpu"), getattr(torch, args.dtype))
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
+        if args.shape:
+            compare(args, make_model(args.shape, Path(folder), args.dtype), limits)
+        else:
+            compare(args, resolve_model_path(args.model, None), limits)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
