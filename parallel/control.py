@@ -184,6 +184,10 @@ class Channel(Generic[Received]):
             pass  # the peer, or an earlier close, was first
         self._socket.close()
 
+    def release(self) -> None:
+        """Let go of this process's copy only, after a fork; the connection lives on in the other process."""
+        self._socket.close()
+
     def detach(self) -> tuple[socket.socket, FrameBuffer[Received]]:
         """The socket and what was already read from it, for another kind of channel; this one must not be used any
         more.
