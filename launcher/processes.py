@@ -81,7 +81,7 @@ class ZygoteConnection:
                 pass  # without its zygote the child is dead already
 
     def poll(self) -> list[Exited]:
-        """The children that ended since the last call, without waiting. Raises PeerGone when the zygote itself is gone."""
+        """The children that ended since the last call, without waiting. Raises PeerGone when the zygote is gone."""
         ended = []
         for message in self._channel.poll():
             match message:

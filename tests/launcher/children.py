@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +21,7 @@ def report(payload: bytes, fd: int | None) -> None:
         "threads": threading.active_count(),
         "kernel_threads": len(os.listdir("/proc/self/task")),
         "cuda": torch.cuda.is_initialized(),
-        "name": open("/proc/self/comm").read().strip(),
+        "name": Path("/proc/self/comm").read_text().strip(),
         "sigint_ignored": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{n}").split(":")[0] for n in range(64) if is_open(n)),
         "main": "user_script" in getattr(sys.modules["__main__"], "__file__", ""),
@@ -75,6 +76,6 @@ def supervise(payload: bytes, fd: int | None) -> None:
     assert fd is not None
     connection = ZygoteConnection.from_fd(fd)
     connection.fork("grandchild", "tests.launcher.children:wait", payload + b".child")
-    while not os.path.exists(payload.decode() + ".child") or not open(payload.decode() + ".child").read():
+    while not os.path.exists(payload.decode() + ".child") or not Path(payload.decode() + ".child").read_text():
         time.sleep(0.01)
     wait(payload, None)

@@ -156,7 +156,7 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["while serving", "while importing"])
 def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path, loaded: bool) -> None:
-    """Even when a fork of the owner keeps its descriptors open. The script has no __main__ guard and is not imported."""
+    """Even when a fork of the owner keeps its descriptors open. The script has no __main__ guard."""
     script = tmp_path / "user_script.py"
     script.write_text(
         textwrap.dedent(f"""
