@@ -16,7 +16,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of the parts of a spec: immutable values that can travel in a message."""
 
 
-class Norm(Spec):
+class Norm(Spec, frozen=True, kw_only=True):
     """RMSNorm or LayerNorm over the last dimension. unit_offset: the stored weight is w - 1 (Gemma)."""
 
     kind: Literal["rms", "layer"]
@@ -25,20 +25,20 @@ class Norm(Spec):
     bias: bool = False
 
 
-class LinearScaling(Spec, tag="linear"):
+class LinearScaling(Spec, tag="linear", frozen=True, kw_only=True):
     """Positions divided by factor."""
 
     factor: float
 
 
-class DynamicScaling(Spec, tag="dynamic"):
+class DynamicScaling(Spec, tag="dynamic", frozen=True, kw_only=True):
     """Dynamic NTK: beyond original_max_position the base grows with the sequence's length (transformers: `dynamic`)."""
 
     factor: float
     original_max_position: int
 
 
-class Llama3Scaling(Spec, tag="llama3"):
+class Llama3Scaling(Spec, tag="llama3", frozen=True, kw_only=True):
     """Llama 3.1's frequency-dependent interpolation."""
 
     factor: float
@@ -47,7 +47,7 @@ class Llama3Scaling(Spec, tag="llama3"):
     original_max_position: int
 
 
-class YarnScaling(Spec, tag="yarn"):
+class YarnScaling(Spec, tag="yarn", frozen=True, kw_only=True):
     """YaRN (arXiv:2309.00071). attention_factor multiplies cos and sin; None: 0.1 ln(factor) + 1 (or from mscale)."""
 
     factor: float
@@ -60,7 +60,7 @@ class YarnScaling(Spec, tag="yarn"):
     truncate: bool = True
 
 
-class LongRopeScaling(Spec, tag="longrope"):
+class LongRopeScaling(Spec, tag="longrope", frozen=True, kw_only=True):
     """LongRoPE (arXiv:2402.13753): per-frequency factors, short up to original_max_position, long beyond."""
 
     short_factor: list[float]
@@ -72,7 +72,7 @@ class LongRopeScaling(Spec, tag="longrope"):
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
-class Rope(Spec):
+class Rope(Spec, frozen=True, kw_only=True):
     """Rotary positions (arXiv:2104.09864) on the first rotary_dim of every head, half-split (not interleaved) pairs."""
 
     theta: float
@@ -81,7 +81,7 @@ class Rope(Spec):
     scaling: RopeScaling | None = None
 
 
-class QkNorm(Spec):
+class QkNorm(Spec, frozen=True, kw_only=True):
     """Normalisation of queries and keys before rotary. per_head: over head_dim; otherwise over all heads at once
     (OLMo-2), which needs one more (tiny) all-reduce under tensor parallelism."""
 
@@ -89,7 +89,7 @@ class QkNorm(Spec):
     per_head: bool
 
 
-class Attention(Spec, tag="attention"):
+class Attention(Spec, tag="attention", frozen=True, kw_only=True):
     """Multi-head attention with GQA/MQA. scale multiplies q.k; window: keys a query sees, itself included; softcap:
     tanh cap of scores."""
 
@@ -106,7 +106,7 @@ class Attention(Spec, tag="attention"):
     sinks: bool = False
 
 
-class DenseFfn(Spec, tag="dense"):
+class DenseFfn(Spec, tag="dense", frozen=True, kw_only=True):
     """down(act(up(x)))."""
 
     intermediate_size: int
@@ -114,7 +114,7 @@ class DenseFfn(Spec, tag="dense"):
     bias: bool = False
 
 
-class GatedFfn(Spec, tag="gated"):
+class GatedFfn(Spec, tag="gated", frozen=True, kw_only=True):
     """down(act(gate(x)) * up(x))."""
 
     intermediate_size: int
@@ -122,7 +122,7 @@ class GatedFfn(Spec, tag="gated"):
     bias: bool = False
 
 
-class MoeFfn(Spec, tag="moe"):
+class MoeFfn(Spec, tag="moe", frozen=True, kw_only=True):
     """Softmax over all experts in float32, top_k of them, weights renormalised when normalize_top_k; gated experts.
 
     shared: an expert every token takes; shared_gate: its output is multiplied by sigmoid(x w) (Qwen2-MoE).
@@ -140,7 +140,7 @@ class MoeFfn(Spec, tag="moe"):
 Ffn = DenseFfn | GatedFfn | MoeFfn
 
 
-class Layer(Spec):
+class Layer(Spec, frozen=True, kw_only=True):
     """One block. sequential: x += post_mixer(mixer(pre_mixer(x))); x += post_ffn(ffn(pre_ffn(x))). parallel: both
     branches read the same x.
 
@@ -156,14 +156,14 @@ class Layer(Spec):
     residual: Literal["sequential", "parallel"] = "sequential"
 
 
-class LearnedPositions(Spec):
+class LearnedPositions(Spec, frozen=True, kw_only=True):
     """A table of num_positions rows added to the embeddings; row position + offset (OPT: 2)."""
 
     num_positions: int
     offset: int = 0
 
 
-class DecoderSpec(Spec):
+class DecoderSpec(Spec, frozen=True, kw_only=True):
     """A whole decoder. embed_scale multiplies the embeddings (Gemma); final_softcap caps the logits; max_position is
     the checkpoint's context length; dtype what its config declares."""
 

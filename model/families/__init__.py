@@ -1,1 +1,79 @@
-"""One short declarative file per model family: Hugging Face config to DecoderSpec, checkpoint names to parameters."""
+"""One short declarative file per model family: Hugging Face config to DecoderSpec, checkpoint names to parameters. No
+torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shoal.model.families import llama
+from shoal.model.families.config import HfConfig
+from shoal.model.families.family import Family
+from shoal.model.spec import DecoderSpec
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+
+QUANTISED = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "compressed-tensors": "compressed-tensors",
+    "mxfp4": "MXFP4",
+}
+
+
+def supported_architectures() -> list[str]:
+    """Every architecture name Shoal runs."""
+    return sorted(name for family in FAMILIES for name in family.architectures)
+
+
+def refuse_quantised(config: dict[str, Any], where: str) -> None:
+    """Raise ValueError when the weights are quantised, by the method's name and with what to do instead."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings:
+        method = str(settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings)
+        raise ValueError(
+            f"{where}: the checkpoint is quantised with {QUANTISED.get(method.lower(), method)} "
+            f"(quantization_config.quant_method), "
+            "which Shoal does not run: use the model's unquantised checkpoint (float32, bfloat16 or float16 "
+            "safetensors), "
+            "or dequantise this one and save it with save_pretrained"
+        )
+
+
+def load_family(config: dict[str, Any], where: str = "config.json") -> Family:
+    """The family of a Hugging Face config, by `architectures`, or by `model_type` when there is none.
+
+    Raises ValueError naming the architecture and the supported ones.
+    """
+    refuse_quantised(config, where)
+    names, model_type = config.get("architectures") or [], config.get("model_type")
+    for family in FAMILIES:
+        if any(name in family.architectures for name in names) or (not names and model_type in family.model_types):
+            return family
+    asked = f"architectures = {names!r}" if names else f"model_type = {model_type!r}"
+    raise ValueError(f"{where}: {asked} is not supported; supported: {', '.join(supported_architectures())}")
+
+
+def build_spec(config: dict[str, Any], where: str = "config.json") -> tuple[DecoderSpec, Family]:
+    """Spec and family of a parsed config.json. Raises ValueError naming the first field that cannot be honoured."""
+    family = load_family(config, where)
+    reader = HfConfig(config, where)
+    spec = family.spec(reader)
+    reader.finish()
+    return spec, family
+
+
+def load_spec(folder: str | Path) -> tuple[DecoderSpec, Family]:
+    """Spec and family of a checkpoint folder's config.json. Raises ValueError, OSError when it cannot be read."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {folder} is not a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return build_spec(config, str(path))
