@@ -1,0 +1,30 @@
+"""Routing of tokens to experts: softmax over all experts in float32, then the top_k of them (arXiv:1701.06538,
+arXiv:2101.03961).
+
+Among equal probabilities the lowest expert comes first, so that all ranks of any layout choose alike.
+"""
+
+import torch
+
+
+def moe_routing_reference(logits_TE: torch.Tensor, top_k: int, *, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token, in Python's own sort. Returns what moe_routing returns."""
+    weights, ids = [], []
+    for row in torch.softmax(logits_TE.float(), dim=-1).tolist():
+        best = sorted(range(len(row)), key=lambda expert: (-row[expert], expert))[:top_k]
+        total = sum(row[expert] for expert in best) if normalize else 1.0
+        ids.append(best)
+        weights.append([row[expert] / total for expert in best])
+    shape = (len(ids), top_k)
+    return torch.tensor(weights).view(shape), torch.tensor(ids, dtype=torch.int64).view(shape)
+
+
+def moe_routing(logits_TE: torch.Tensor, top_k: int, *, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts. logits: [num_tokens, num_experts], any float dtype; normalize: weights of the chosen sum to one.
+
+    Returns (weights [num_tokens, top_k] float32, expert ids [num_tokens, top_k] int64), best first.
+    """
+    probabilities = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weights, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    weights, ids = weights[:, :top_k], ids[:, :top_k]
+    return (weights / weights.sum(-1, keepdim=True) if normalize else weights), ids

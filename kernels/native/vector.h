@@ -1,0 +1,143 @@
+/* Sixteen float32 lanes and the element types tensors come in: what every CPU kernel is written with.
+ *
+ * GCC vector extensions only, so the same source serves AVX-512, AVX2, SSE and NEON. A row's arithmetic has one order whatever is computed
+ * beside it: lanes are accumulated by chunk in rising order and summed by one fixed tree. Types: 0 float32, 1 bfloat16, 2 float16.
+ */
+#ifndef SHOAL_VECTOR_H
+#define SHOAL_VECTOR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors stay inside this library: everything that takes them is inlined */
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline, unused))
+
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float vf_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+INLINE int64_t element_size(int type) { return type == F32 ? 4 : 2; }
+
+INLINE vf splat(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+/* Lanes of a where mask is set, of b elsewhere. */
+INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vu choose_bits(vi mask, vu a, vu b) { return ((vu)mask & a) | (~(vu)mask & b); }
+
+INLINE vf max_lanes(vf a, vf b) { return choose(a > b, a, b); }
+
+INLINE vf half_to_float(vh h) {
+    vu w = __builtin_convertvector(h, vu), magnitude = (w & 0x7fff) << 13;
+    vf value = (vf)magnitude * splat(0x1p112f);
+    vu special = (vu)(magnitude >= (vu){} + (0x7c00u << 13)) & 0x7f800000u;
+    return (vf)((vu)value | special | ((w & 0x8000) << 16));
+}
+
+INLINE vh float_to_half(vf x) {
+    vu bits = (vu)x, sign = bits & 0x80000000u, a = bits ^ sign;
+    vu magic = (vu){} + (126u << 23);
+    vu tiny = (vu)((vf)a + (vf)magic) - magic;                      /* subnormal halves: the adder rounds */
+    vu normal = (a + ((a >> 13) & 1) + 0xfff - (112u << 23)) >> 13; /* round to nearest even */
+    vu special = choose_bits((vi)(a > (vu){} + 0x7f800000u), (vu){} + 0x7e00u, (vu){} + 0x7c00u);
+    vu result = choose_bits((vi)(a < (vu){} + (113u << 23)), tiny, normal);
+    result = choose_bits((vi)(a >= (vu){} + (143u << 23)), special, result);
+    return __builtin_convertvector(result | (sign >> 16), vh);
+}
+
+INLINE vf brain_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+INLINE vh float_to_brain(vf x) {
+    vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu nan = (bits >> 16) | 0x40;
+    return __builtin_convertvector(choose_bits((vi)(x != x), nan, rounded), vh);
+}
+
+/* Sixteen elements at p, which need not be aligned. */
+INLINE vf load(const void *p, int type) {
+    if (type == F32) return *(const vf_unaligned *)p;
+    vh h = *(const vh_unaligned *)p;
+    return type == BF16 ? brain_to_float(h) : half_to_float(h);
+}
+
+INLINE void store(void *p, int type, vf x) {
+    if (type == F32) *(vf_unaligned *)p = x;
+    else *(vh_unaligned *)p = type == BF16 ? float_to_brain(x) : float_to_half(x);
+}
+
+/* The first n < 16 elements at p, zeros after them; nothing beyond is read. */
+INLINE vf load_part(const void *p, int type, int64_t n) {
+    char buffer[64] __attribute__((aligned(64))) = {0};
+    memcpy(buffer, p, (size_t)(n * element_size(type)));
+    return load(buffer, type);
+}
+
+INLINE void store_part(void *p, int type, vf x, int64_t n) {
+    char buffer[64] __attribute__((aligned(64)));
+    store(buffer, type, x);
+    memcpy(p, buffer, (size_t)(n * element_size(type)));
+}
+
+/* Sum and maximum of the lanes, by halves. */
+INLINE float sum_lanes(vf x) {
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+INLINE float largest_lane(vf x) {
+    x = max_lanes(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+    x = max_lanes(x, SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7));
+    float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+}
+
+/* e^x within 2 units in the last place; 0 below -87.3, infinity above 88.7. Range reduction by ln 2, polynomial of Cephes' expf. */
+INLINE vf exp_lanes(vf x) {
+    vf clipped = choose(x > splat(88.7f), splat(88.7f), x);
+    vf shifted = clipped * splat(1.44269504088896341f) + splat(12582912.0f);
+    vf n = shifted - splat(12582912.0f);
+    vf r = clipped - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    vi half = ((vi)shifted - 0x4b400000) >> 1, rest = ((vi)shifted - 0x4b400000) - half; /* two factors: 2^128 is no float */
+    vf result = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+    result = choose(x < splat(-87.3f), splat(0.0f), result);
+    return choose(x > splat(88.72f), splat(INFINITY), result);
+}
+
+/* tanh x: a polynomial (Cephes' tanhf) up to 0.625, the exponential beyond. */
+INLINE vf tanh_lanes(vf x) {
+    vf magnitude = (vf)((vu)x & 0x7fffffffu), z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + splat(2.06390887954e-2f);
+    p = p * z + splat(-5.37397155531e-2f);
+    p = p * z + splat(1.33314422036e-1f);
+    p = p * z + splat(-3.33332819422e-1f);
+    p = p * z * x + x;
+    vf large = splat(1.0f) - splat(2.0f) / (exp_lanes(magnitude + magnitude) + splat(1.0f));
+    large = (vf)((vu)large | ((vu)x & 0x80000000u));
+    return choose(magnitude < splat(0.625f), p, large);
+}
+
+#endif

@@ -1,0 +1,138 @@
+"""Norms, rotary positions, activations, cache writes and routing against their float32 references."""
+
+import pytest
+import torch
+
+from shoal.kernels.activation import (
+    ACTIVATIONS,
+    activation,
+    activation_reference,
+    gated_activation,
+    gated_activation_reference,
+)
+from shoal.kernels.kv_write import kv_write, kv_write_reference
+from shoal.kernels.layer_norm import layer_norm, layer_norm_reference
+from shoal.kernels.moe_routing import moe_routing, moe_routing_reference
+from shoal.kernels.rms_norm import rms_norm, rms_norm_reference
+from shoal.kernels.rope import rope_, rope_reference
+
+pytestmark = pytest.mark.usefixtures("path")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within one rounding of the dtype."""
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (3, 7), (5, 64), (2, 3, 80), (130, 515)])
+def test_rms_norm_matches_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    close(rms_norm(x, weight, 1e-5, unit_offset=True), rms_norm_reference(x, weight, 1e-5, unit_offset=True))
+
+
+def test_rms_norm_in_place_on_a_slice_of_heads_leaves_the_rest() -> None:
+    fused = torch.randn(5, 4 * 24)
+    before, weight = fused.clone(), torch.randn(24)
+    heads = fused[:, 24:72].view(5, 2, 24)
+    rms_norm(heads, weight, 1e-6, out=heads)
+    close(fused[:, 24:72].reshape(5, 2, 24), rms_norm_reference(before[:, 24:72].reshape(5, 2, 24), weight, 1e-6))
+    assert torch.equal(fused[:, :24], before[:, :24]) and torch.equal(fused[:, 72:], before[:, 72:])
+
+
+def test_rms_norm_takes_columns_that_are_not_adjacent() -> None:
+    x, weight = torch.randn(33, 9).t(), torch.randn(33)
+    close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+
+
+def test_a_rows_norm_does_not_depend_on_the_other_rows() -> None:
+    for size in (64, 777):
+        x, weight, bias = torch.randn(37, size), torch.randn(size), torch.randn(size)
+        whole, layer = rms_norm(x, weight, 1e-6), layer_norm(x, weight, bias, 1e-5)
+        for row in (0, 11, 36):
+            assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], whole[row])
+            assert torch.equal(layer_norm(x[row : row + 1], weight, bias, 1e-5)[0], layer[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_matches_the_reference(dtype: torch.dtype) -> None:
+    for shape in [(0, 5), (3, 7), (2, 3, 64)]:
+        x, weight, bias = (
+            torch.randn(shape).to(dtype),
+            torch.randn(shape[-1]).to(dtype),
+            torch.randn(shape[-1]).to(dtype),
+        )
+        close(layer_norm(x, weight, bias, 1e-5), layer_norm_reference(x, weight, bias, 1e-5))
+        close(layer_norm(x, weight, None, 1e-5), layer_norm_reference(x, weight, None, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "head_dim", "rotary_dim"), [(0, 8, 8), (1, 6, 4), (7, 80, 20), (33, 64, 64)])
+def test_rope_matches_the_reference(dtype: torch.dtype, num_tokens: int, head_dim: int, rotary_dim: int) -> None:
+    fused = torch.randn(num_tokens, 5 * head_dim).to(dtype)
+    before, angles = fused.clone(), torch.rand(num_tokens, rotary_dim // 2) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    heads = fused[:, head_dim : 4 * head_dim].view(num_tokens, 3, head_dim)
+    expected = rope_reference(heads, cos_sin)
+    assert rope_(heads, cos_sin) is heads
+    close(heads, expected)
+    assert torch.equal(fused[:, :head_dim], before[:, :head_dim]) and torch.equal(
+        fused[:, 4 * head_dim :], before[:, 4 * head_dim :]
+    )
+    assert torch.equal(heads[..., rotary_dim:], before[:, head_dim : 4 * head_dim].view_as(heads)[..., rotary_dim:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", list(ACTIVATIONS))
+def test_activations_match_the_reference(dtype: torch.dtype, kind: str) -> None:
+    for shape in [(0, 6), (1, 2), (5, 74), (3, 256)]:
+        x = (torch.randn(shape) * 4).to(dtype)
+        close(activation(x, kind), activation_reference(x, kind))
+        wide = torch.cat([x, x], dim=-1)[:, : shape[1]]  # rows further apart than they are long
+        expected = gated_activation_reference(x, kind)
+        torch.testing.assert_close(
+            gated_activation(wide, kind).float(), expected, rtol=4 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype]
+        )
+
+
+def test_gated_activation_at_the_ends_of_the_range() -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, -1e-20, 0.0, 1e-20, 60.0, 88.0, 200.0, 1e30])
+    for kind in ("silu", "gelu_tanh"):
+        actual = gated_activation(torch.cat([gate, torch.ones(10)])[None], kind)[0]
+        torch.testing.assert_close(actual, ACTIVATIONS[kind](gate), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kv_write_puts_every_token_in_its_slot(dtype: torch.dtype) -> None:
+    for num_tokens, block_size in [(0, 4), (1, 1), (13, 3), (40, 16)]:
+        fused = torch.randn(num_tokens, 2 * 2 * 10).to(dtype)
+        keys, values = (part.view(num_tokens, 2, 10) for part in fused.chunk(2, dim=1))
+        num_blocks = 60 // block_size
+        slots = torch.randperm(num_blocks * block_size)[:num_tokens]
+        caches = [torch.full((num_blocks, block_size, 2, 10), float("nan")).to(dtype) for _ in range(4)]
+        kv_write(keys, values, caches[0], caches[1], slots)
+        kv_write_reference(keys, values, caches[2], caches[3], slots)
+        assert torch.equal(caches[0].nan_to_num(99.0), caches[2].nan_to_num(99.0))
+        assert torch.equal(caches[1].nan_to_num(99.0), caches[3].nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_moe_routing_takes_the_lowest_expert_among_equals(normalize: bool) -> None:
+    logits = torch.randn(9, 7)
+    logits[3] = 0.5
+    logits[4, :] = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0, 2.0, 2.0])
+    weights, ids = moe_routing(logits, 4, normalize=normalize)
+    expected_weights, expected_ids = moe_routing_reference(logits, 4, normalize=normalize)
+    assert torch.equal(ids, expected_ids) and ids[3].tolist() == [0, 1, 2, 3] and ids[4].tolist() == [1, 2, 4, 5]
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-7)
+    empty_weights, empty_ids = moe_routing(torch.empty(0, 7), 2, normalize=normalize)
+    assert empty_weights.shape == empty_ids.shape == (0, 2)
