@@ -1,0 +1,72 @@
+"""What every rank's memory will hold, worked out from spec and shards before anything is spawned. No torch."""
+
+from collections.abc import Sequence
+
+from shoal.configs.schema import ShoalConfig
+from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.ledger import MemoryReport
+from shoal.model.parameters import local_parameters
+from shoal.model.shard import ModelShard
+from shoal.model.spec import DecoderSpec, MoeFfn
+
+
+def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
+    """Bytes of a rank's parameters, exactly."""
+    return itemsize * sum(parameter.numel for parameter in local_parameters(spec, shard))
+
+
+def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
+    """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement.
+
+    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of
+    attention
+    (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim) and feed-forward (gate and up, their product,
+    and the output: T (3 F + H), times top_k for experts). On the last stage R = min(T, max_num_seqs) rows of float32
+    logits: the shard's, the whole vocabulary's, and two copies for sampling.
+    """
+    tokens, hidden = config.scheduler.max_num_batched_tokens, spec.hidden_size
+    widest = 0
+    for layer in spec.layers[shard.first_layer : shard.last_layer]:
+        heads, ffn = shard.heads(layer.mixer), layer.ffn
+        attention = (3 * heads.num_heads + 4 * heads.num_kv_heads) * layer.mixer.head_dim
+        if isinstance(ffn, MoeFfn):
+            start, stop = shard.expert_columns(ffn)
+            forward = ffn.top_k * (3 * (stop - start) + hidden)
+        else:
+            start, stop = shard.columns(ffn.intermediate_size)
+            forward = 3 * (stop - start) + hidden
+        widest = max(widest, attention, forward)
+    layers = tokens * (2 * hidden + widest) * itemsize
+    if not shard.has_head:
+        return layers
+    start, stop = shard.vocab(spec.vocab_size)
+    rows = min(tokens, config.scheduler.max_num_seqs)
+    return max(layers, 4 * rows * (stop - start + 3 * spec.vocab_size))
+
+
+def estimate_reports(
+    spec: DecoderSpec,
+    shards: Sequence[ModelShard],
+    config: ShoalConfig,
+    *,
+    itemsize: int,
+    available_bytes: int,
+    ranks_per_device: int = 1,
+) -> list[MemoryReport]:
+    """What the ranks of a replica would report. available_bytes: what an idle device can give; itemsize: bytes per
+    weight; ranks_per_device: ranks that share it (all local ones on a CPU)."""
+    weights = [weights_bytes(spec, shard, itemsize) for shard in shards]
+    reports = []
+    for rank, shard in enumerate(shards):
+        first = rank - rank % ranks_per_device
+        neighbours = sum(weights[first : first + ranks_per_device]) - weights[rank]
+        reports.append(
+            MemoryReport(
+                rank=rank,
+                weights_bytes=weights[rank],
+                activation_bytes=activation_bytes(spec, shard, config, itemsize),
+                available_bytes=available_bytes - neighbours,
+                block_bytes=kv_bytes_per_block(spec, shard, config.cache.block_size, itemsize),
+            )
+        )
+    return reports
