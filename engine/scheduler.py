@@ -1,0 +1,314 @@
+"""Scheduler: turns waiting and running sequences into step plans, and step results into output. No tensor in sight.
+
+Every step takes decode rows first, then further chunks of prompts under way, then new sequences, from one token budget:
+there are no phases. All three go by priority, then arrival. A sequence that finds no block takes those of the last one
+in that order, which is computed again later (the first in order always fits alone, so something always advances). With
+several plans in flight a long prompt has chunks in several of them, and decode rows spread evenly.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from typing import NamedTuple
+
+from shoal.configs.schema import SchedulerConfig
+from shoal.engine.admission import Admission
+from shoal.engine.block_tables import BlockTables
+from shoal.engine.cost_model import CostModel, StepLoad
+from shoal.engine.executor import Capacity
+from shoal.engine.messages import NewSequence, OutputDelta, PlanRow, RowResult, StepPlan, StepResult
+from shoal.engine.result_check import check_result
+from shoal.engine.sequence import Sequence, Status
+from shoal.engine.step_budget import StepBudget
+
+
+class Launched(NamedTuple):
+    """A plan without a result: the sequence of each of its rows, and what it holds."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    load: StepLoad
+
+
+class Draft:
+    """A plan while it is made."""
+
+    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences")
+
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
+        self.rows: list[PlanRow] = []
+        self.sequences: list[Sequence] = []
+        self.new_sequences: list[NewSequence] = []
+        self.preempted = False
+
+
+def _order(seq: Sequence) -> tuple[int, float, int]:
+    return seq.order
+
+
+class Scheduler:
+    """Continuous batching over the block tables.
+
+    schedule -> (ranks) -> update, with up to capacity.max_in_flight plans between them.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, capacity: Capacity, *, enable_prefix_caching: bool = True, epoch: int = 0
+    ) -> None:
+        self.config, self.epoch = config, epoch
+        self.max_in_flight, self.vocab_size = capacity.max_in_flight, capacity.vocab_size
+        self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens * capacity.max_in_flight)
+        self.tables = BlockTables(capacity, enable_prefix_caching=enable_prefix_caching)
+        self.admission = Admission(self.tables)
+        self.cost = CostModel()
+        self.learns_cost = config.inter_token_limit_s is not None or capacity.max_in_flight > 1
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.launched: deque[Launched] = deque()
+        self.num_steps = self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_generated_tokens = self.num_queried_tokens = self.num_hit_tokens = 0
+        self._waiting_tokens = 0
+        self._finished_ids: list[str] = []
+        self._preempted_ids: list[str] = []
+        self._refused: Sequence | None = None  # did not fit; asked again only when a sequence has left the running set
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence, new or preempted, at its place."""
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_order)
+        self._waiting_tokens += len(seq.tokens)
+
+    def finish(self, seq: Sequence, *, trusted: bool = True) -> None:
+        """Take a sequence out, at any time: what is in flight for it is ignored.
+
+        trusted: its blocks may serve others.
+        """
+        if seq.status is Status.RUNNING:
+            self._leave_running(seq, self._finished_ids, trusted=trusted)
+        elif seq.status is Status.WAITING:
+            self._leave_waiting(bisect_left(self.waiting, seq.order, key=_order))
+        seq.status = Status.FINISHED
+
+    def _leave_waiting(self, index: int) -> Sequence:
+        seq = self.waiting.pop(index)
+        self._waiting_tokens -= len(seq.tokens)
+        return seq
+
+    def _leave_running(self, seq: Sequence, told: list[str], *, trusted: bool = True) -> None:
+        del self.running[bisect_left(self.running, seq.order, key=_order)]
+        self.tables.release(seq, trusted=trusted)
+        told.append(seq.request_id)
+        self._refused = None
+
+    def _preempt(self, draft: Draft, seq: Sequence) -> None:
+        self._leave_running(seq, self._preempted_ids)
+        self.add(seq)
+        draft.preempted = True
+        self.num_preemptions += 1
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, to be launched before any other call; None when nothing can run before a result comes."""
+        draft, ready = self._survey()
+        self._decode(draft, ready)
+        self._prefill(draft)
+        if not draft.preempted:
+            self._admit(draft)
+        return self._commit(draft) if draft.rows else None
+
+    def _survey(self) -> tuple[Draft, list[Sequence]]:
+        """An empty draft with its budget, and the sequences that wait for a decode row."""
+        ready, decoding, decode_cost, prefill = [], False, 0.0, self._waiting_tokens
+        for seq in self.running:
+            pending = len(seq.tokens) - seq.num_computed
+            if pending > 1:
+                prefill += pending
+                continue
+            decoding = True
+            if pending:
+                ready.append(seq)
+            if self.max_in_flight > 1:
+                decode_cost += self.cost.row_cost(1, seq.num_computed)
+        for launched in self.launched:
+            prefill += launched.load.prefill_tokens
+        budget = StepBudget(
+            self.config,
+            self.cost,
+            self.max_in_flight,
+            decoding=decoding,
+            decode_cost=decode_cost,
+            outstanding_prefill=prefill,
+        )
+        return Draft(budget), ready
+
+    def _decode(self, draft: Draft, ready: list[Sequence]) -> None:
+        """A row for every running sequence of which only the last token is not computed."""
+        budget, balanced = draft.budget, self.max_in_flight > 1
+        for seq in ready:
+            if not budget.has_room_for_decode():
+                return
+            if seq.status is Status.RUNNING and self._make_room(draft, seq, 1):
+                budget.take_decode(self.cost.row_cost(1, seq.num_computed) if balanced else 1.0, seq.num_computed)
+                self._add_row(draft, seq, 1)
+
+    def _prefill(self, draft: Draft) -> None:
+        """A further chunk for running sequences with more than one token to compute."""
+        for seq in [seq for seq in self.running if seq.pending > 1]:
+            chunk = draft.budget.chunk(seq.pending, seq.num_computed)
+            if chunk <= 0:
+                return
+            if seq.status is Status.RUNNING and (chunk := self._make_room(draft, seq, chunk)):
+                draft.budget.take_prefill(chunk, seq.num_computed)
+                self._add_row(draft, seq, chunk)
+
+    def _admit(self, draft: Draft) -> None:
+        """First chunks of waiting sequences while the running set will fit.
+
+        One whose prefix is just being computed waits for it.
+        """
+        seats = self.max_num_running - len(self.running)
+        for seq in self.waiting[: max(0, seats)]:
+            if self.tables.is_coming(seq.wanted_key):
+                continue
+            if seq is self._refused:
+                return
+            hit = self.tables.find_hit(seq)
+            if self.tables.is_coming(seq.wanted_key):
+                continue
+            num_computed = hit * self.tables.block_size
+            chunk = draft.budget.chunk(len(seq.tokens) - num_computed, num_computed)
+            if chunk <= 0:
+                return
+            if self.running and not self.admission.fits(self.running, seq, hit):
+                self._refused = seq
+                return
+            self.tables.attach(seq, hit)
+            chunk = self.tables.room(seq, chunk)
+            if not chunk:
+                self.tables.release(seq)
+                self._refused = seq
+                return
+            self._start(draft, seq, chunk)
+
+    def _start(self, draft: Draft, seq: Sequence, chunk: int) -> None:
+        """Move an admitted sequence to the running set with its first row."""
+        self._leave_waiting(bisect_left(self.waiting, seq.order, key=_order))
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=_order)
+        if not seq.started:
+            seq.started = True
+            seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            if self.tables.enable_prefix_caching:
+                self.num_queried_tokens += len(seq.tokens)
+                self.num_hit_tokens += seq.num_computed
+        draft.new_sequences.append(seq.announcement())
+        draft.budget.take_prefill(chunk, seq.num_computed)
+        self._add_row(draft, seq, chunk)
+
+    def _make_room(self, draft: Draft, seq: Sequence, num_tokens: int) -> int:
+        """How many of the sequence's next tokens have room. If none has, later sequences lose their blocks.
+
+        Those with a row in this plan or in flight keep theirs; 0 means to wait for them.
+        """
+        while not (room := self.tables.room(seq, num_tokens)):
+            victim = next((last for last in reversed(self.running) if last is seq or not last.in_flight), seq)
+            if victim is seq:
+                return 0
+            self._preempt(draft, victim)
+        return room
+
+    def _add_row(self, draft: Draft, seq: Sequence, num_tokens: int) -> None:
+        """Grant the blocks of a sequence's next tokens and count them as computed: later steps run after this one."""
+        new_block_ids = self.tables.append(seq, num_tokens)
+        start, tokens = seq.num_computed, seq.tokens
+        stop, known = start + num_tokens, len(tokens)
+        told, last = tokens[seq.num_told :], [table[-1] for table in seq.tables]
+        draft.rows.append(PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, last, stop == known))
+        draft.sequences.append(seq)
+        seq.num_told, seq.num_computed = known, stop
+        seq.in_flight += 1
+
+    def _commit(self, draft: Draft) -> StepPlan:
+        """The plan of a draft. Its blocks are published now: to later steps, not to its own rows."""
+        for seq in draft.sequences:
+            self.tables.publish(seq)
+        plan = StepPlan(
+            epoch=self.epoch,
+            step=self.num_steps,
+            rows=draft.rows,
+            new_sequences=draft.new_sequences,
+            finished_ids=self._finished_ids,
+            preempted_ids=self._preempted_ids,
+        )
+        self._finished_ids, self._preempted_ids = [], []
+        self.launched.append(Launched(plan, draft.sequences, draft.budget.load))
+        self.num_steps += 1
+        return plan
+
+    def update(self, result: StepResult, seconds: float) -> list[OutputDelta]:
+        """Take the oldest launched plan's result, which took so long.
+
+        Raises ExecutorFailed when it is not that plan's.
+        """
+        plan, sequences, load = self.launched.popleft()
+        check_result(plan, sequences, result, self.vocab_size)
+        if self.learns_cost:
+            self.cost.observe(load, seconds)
+        deltas = []
+        for seq, row, given in zip(sequences, plan.rows, result.rows, strict=True):
+            seq.in_flight -= 1
+            if seq.status is Status.RUNNING:
+                delta = self._accept(row, seq, given)
+                if delta is not None:
+                    deltas.append(delta)
+        return deltas
+
+    def _accept(self, row: PlanRow, seq: Sequence, given: RowResult) -> OutputDelta | None:
+        """Extend a running sequence by what its row gave; a delta when there is something to tell."""
+        if given.error is not None:
+            self.finish(seq, trusted=False)
+            return OutputDelta(
+                request_id=seq.request_id,
+                start=seq.num_output_tokens,
+                token_ids=[],
+                finish_reason="error",
+                error=given.error,
+                num_cached_tokens=seq.num_cached_tokens,
+            )
+        if given.prompt_logprobs:
+            seq.take_prompt_logprobs(row.num_computed_tokens, given.prompt_logprobs)
+        if not row.sample:
+            return None
+        start = seq.num_output_tokens
+        seq.tokens += given.token_ids
+        self.num_generated_tokens += 1
+        reason = seq.finish_reason()
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        if reason is not None:
+            self.admission.observe(seq.num_output_tokens)
+            self.finish(seq)
+        return OutputDelta(
+            request_id=seq.request_id,
+            start=start,
+            token_ids=given.token_ids,
+            logprobs=given.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=seq.stop_reason,
+            num_cached_tokens=seq.num_cached_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that queues, tables and launched plans agree. Call between steps."""
+        for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
+            orders = [seq.order for seq in queue]
+            assert orders == sorted(set(orders)), f"{status} sequences are out of order"
+            assert all(seq.status is status for seq in queue), f"a sequence in the queue is not {status}"
+        assert self._waiting_tokens == sum(len(seq.tokens) for seq in self.waiting)
+        assert all(not seq.in_flight and not seq.tables for seq in self.waiting), "a waiting sequence holds something"
+        assert len(self.running) <= self.max_num_running and len(self.launched) <= self.max_in_flight
+        rows = [seq for launched in self.launched for seq in launched.sequences]
+        for seq in self.running:
+            assert seq.in_flight == rows.count(seq), "rows in flight are miscounted"
+            assert seq.pending or seq.in_flight, "a sequence has nothing to do"
+        self.tables.check_integrity(self.running)
