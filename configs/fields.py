@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import inspect as msgspec_inspect
 
-from shoal.configs.problems import suggest
+from shoal.configs.problems import show, suggest
 from shoal.configs.sampling import SamplingParams
 from shoal.configs.schema import Section, ShoalConfig
-from shoal.configs.sizes import SIZE_EXAMPLES, parse_size
+from shoal.configs.sizes import SIZE_EXAMPLES, format_size, parse_size
 
 SAMPLING = "sampling"
 
@@ -41,6 +41,13 @@ class Field:
     def key(self) -> str:
         """`section.name`, as in YAML and `--set`."""
         return f"{self.section}.{self.name}"
+
+    @property
+    def default_text(self) -> str:
+        """The default as a person would write it."""
+        if self.size and isinstance(self.default, int):
+            return format_size(self.default).replace(" ", "")
+        return show(self.default)
 
     @property
     def info(self) -> msgspec_inspect.Type:

@@ -37,14 +37,12 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     keywords: Mapping[str, Any] | None = None,
     *,
-    sampling_defaults: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ResolvedConfig:
     """All settings, checked, and where each came from.
 
     file: a YAML file's path or the name of a shipped layout. overrides: `section.key` -> value, from the command line.
-    keywords: Python keywords as LLM(...) takes them. sampling_defaults: what a command uses instead of SamplingParams'
-    own defaults; a checkpoint's generation_config goes before it. environ: the process environment unless given.
+    keywords: Python keywords as LLM(...) takes them. environ: the process environment unless given.
 
     Precedence: overrides, keywords, file, (the checkpoint, later, by `with_generation_config`), defaults. Raises
     ConfigError with every mistake.
@@ -62,7 +60,7 @@ def load_config(
         given[key] = _Given(value, COMMAND_LINE)
 
     values = _typed(given, problems)
-    sampling = _sampling(given, sampling_defaults or {}, problems)
+    sampling = _sampling(given, problems)
     config = _build(values, sampling)
     wrong = {problem.key for problem in problems}
     environment = os.environ if environ is None else environ
@@ -183,31 +181,28 @@ def _typed(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, An
 
 
 def _unknown_key(key: str) -> str:
-    """What to write instead: the nearest key of the same section, of the same name elsewhere, or of all."""
+    """What to write instead: the nearest key of the same section, the same name elsewhere, or what the section has."""
     section, _, name = key.partition(".")
-    known = [*settings(), *sampling_settings()]
-    spellings = {field.keyword: field.key for field in settings().values()}
-    if name in spellings:
-        return f"unknown key; did you mean {spellings[name]}?"
-    same_name = [other for other in known if other.endswith(f".{name}")]
-    same_section = nearest(name, [other.partition(".")[2] for other in known if other.startswith(f"{section}.")])
-    if same_name:
-        return f"unknown key; did you mean {same_name[0]}?"
-    if same_section:
-        return f"unknown key; did you mean {section}.{same_section}?"
-    return f"unknown key{suggest(key, known)}"
+    fields = settings() | sampling_settings()
+    for field in fields.values():
+        if name in (field.name, field.keyword):
+            return f"unknown key; did you mean {field.key}?"
+    names = [field.name for field in fields.values() if field.section == section]
+    if not names:
+        return f"unknown section{suggest(section, [*section_types(), SAMPLING])}"
+    near = nearest(name, names)
+    return f"unknown key; did you mean {section}.{near}?" if near else f"unknown key; {section} has {', '.join(names)}"
 
 
-def _sampling(given: Mapping[str, _Given], defaults: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """The sampling section: what was given over a command's own defaults."""
+def _sampling(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, Any]:
+    """What was given of the sampling section, converted."""
     prefix = f"{SAMPLING}."
     chosen = {key.removeprefix(prefix): entry.value for key, entry in given.items() if key.startswith(prefix)}
     values, found = convert_sampling(chosen)
-    merged = {**defaults, **values}
     if not found:
-        found = contradictions(merged)
+        found = contradictions(values)
     problems += [msgspec.structs.replace(problem, source=_source(given, problem.key)) for problem in found]
-    return merged
+    return values
 
 
 def _build(values: Mapping[str, Any], sampling: dict[str, Any]) -> ShoalConfig:

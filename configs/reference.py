@@ -10,8 +10,6 @@ from typing import Any
 
 from shoal.configs.fields import Field, sampling_settings, section_types, settings
 from shoal.configs.loader import shipped_layouts
-from shoal.configs.problems import show
-from shoal.configs.sizes import format_size
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -67,13 +65,6 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def default_text(field: Field) -> str:
-    """A default as a person would write it."""
-    if field.size and isinstance(field.default, int):
-        return format_size(field.default).replace(" ", "")
-    return show(field.default)
-
-
 def _table(fields: Iterable[Field]) -> str:
     lines = ["| Key | Flag | Python keyword | Default | Accepts | Meaning |", "|---|---|---|---|---|---|"]
     for field in fields:
@@ -82,7 +73,7 @@ def _table(fields: Iterable[Field]) -> str:
             f"`{field.key}`",
             flags,
             f"`{field.keyword}`",
-            f"`{default_text(field)}`",
+            f"`{field.default_text}`",
             field.accepts,
             field.description,
         ]
