@@ -15,6 +15,7 @@ from types import FrameType
 from shoal.configs.loader import load_config
 from shoal.configs.problems import ConfigError, suggest
 from shoal.configs.resolved import ResolvedConfig
+from shoal.configs.version import VERSION
 from shoal.launcher.arguments import Parser, UsageError, add_model, add_settings, overrides_from, unknown_arguments
 from shoal.launcher.commands import COMMANDS, Command
 from shoal.launcher.failure import describe, show_failure, show_traceback
@@ -119,7 +120,7 @@ def _chosen(arguments: list[str]) -> Command | None:
         overview.print_help()
         return None
     if first == "--version":
-        print(f"shoal {importlib.import_module('importlib.metadata').version('shoal')}")
+        print(f"shoal {VERSION}")
         return None
     if not first:
         raise UsageError("a command is missing", f"One of {', '.join(COMMANDS)}; `shoal --help` says more.")

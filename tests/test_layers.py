@@ -4,10 +4,13 @@ import ast
 import functools
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from shoal.configs.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("shoal", "launcher", "server", "engine", "model", "parallel", "kernels", "configs")
@@ -145,3 +148,8 @@ def test_package_resolves_to_the_rooms_from_the_root_and_when_installed(tmp_path
     assert run_python(code) == str(ROOT / "parallel" / "control.py")
     if run_python("import importlib.util as u; print(u.find_spec('shoal') is not None)", cwd=tmp_path) == "True":
         assert run_python(code, cwd=tmp_path) == str(ROOT / "parallel" / "control.py")
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == VERSION
