@@ -6,12 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoal.model.families import llama
+from shoal.model.families import gemma, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, opt, phi3, qwen, qwen_moe
 from shoal.model.families.config import HfConfig
 from shoal.model.families.family import Family
 from shoal.model.spec import DecoderSpec
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    gpt2.FAMILY,
+    opt.FAMILY,
+    gpt_neox.FAMILY,
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    phi3.FAMILY,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    olmo2.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2_MOE,
+    qwen_moe.QWEN3_MOE,
+)
 
 QUANTISED = {
     "awq": "AWQ",

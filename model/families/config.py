@@ -98,7 +98,9 @@ class HfConfig:
         """Refuse the field unless it is absent or one of `supported`."""
         self.used.add(name)
         value = self.raw.get(name)
-        if value is not None and not any(value == fine and type(value) is type(fine) for fine in supported):
+        if value is not None and not any(
+            value == fine and isinstance(value, bool) == isinstance(fine, bool) for fine in supported
+        ):
             raise self.fail(name, f"is not supported; supported: {', '.join(map(repr, supported)) or 'null'}")
 
     def ignore(self, *names: str) -> None:

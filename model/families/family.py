@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.model.families.config import HfConfig
-from shoal.model.families.names import Names, Source, locate
+from shoal.model.families.names import Names, Place, Source, locate
 from shoal.model.families.rope import context_length
-from shoal.model.spec import Attention, DecoderSpec, Norm
+from shoal.model.spec import Attention, DecoderSpec, GatedFfn, Layer, MoeFfn, Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +73,49 @@ def rms_norm(config: HfConfig, default_eps: float, unit_offset: bool = False) ->
 
 
 def decoder_spec(
-    config: HfConfig, family: str, layers: list[Any], final_norm: Norm | None, tied: bool, **more: Any
+    config: HfConfig, family: str, layers: list[Layer], final_norm: Norm | None, *, tied: bool, **more: Any
 ) -> DecoderSpec:
-    """The DecoderSpec around the layers. tied: the family's default of tie_word_embeddings."""
+    """The DecoderSpec around the layers. tied: the family's default of tie_word_embeddings; more: what differs."""
     rope = next((layer.mixer.rope for layer in reversed(layers) if layer.mixer.rope is not None), None)
-    max_position = config.integer("max_position_embeddings")
+    if rope is not None:
+        more.setdefault("max_position", context_length(rope))
+    if "hidden_size" not in more:
+        more["hidden_size"] = config.integer("hidden_size")
     return DecoderSpec(
         family=family,
         vocab_size=config.integer("vocab_size"),
-        hidden_size=config.integer("hidden_size"),
         layers=layers,
         final_norm=final_norm,
-        max_position=context_length(rope) if rope else max_position,
         dtype=config.dtype(),
         tie_embeddings=config.boolean("tie_word_embeddings", tied),
         **more,
     )
+
+
+def gated_ffn(
+    config: HfConfig,
+    *,
+    activation_field: str = "hidden_act",
+    default: str = "silu",
+    size_field: str = "intermediate_size",
+) -> GatedFfn:
+    """The usual gated feed-forward without bias. default: of the activation."""
+    return GatedFfn(
+        intermediate_size=config.integer(size_field), activation=config.activation(activation_field, default)
+    )
+
+
+def moe_ffn(config: HfConfig, num_experts: int, top_k: int, **more: Any) -> MoeFfn:
+    """Routed experts. Raises ValueError when a token would take more experts than there are."""
+    if top_k > num_experts:
+        raise config.fail("num_experts_per_tok", f"exceeds the number of experts, {num_experts}")
+    config.ignore("router_aux_loss_coef", "output_router_logits", "router_jitter_noise")
+    return MoeFfn(num_experts=num_experts, top_k=top_k, activation=config.activation("hidden_act", "silu"), **more)
+
+
+def layer_norm(eps: float) -> Norm:
+    """LayerNorm with weight and bias."""
+    return Norm(kind="layer", eps=eps, bias=True)
 
 
 def layer_windows(config: HfConfig, count: int, window: int | None, default: Callable[[int], bool]) -> list[int | None]:
@@ -98,29 +125,37 @@ def layer_windows(config: HfConfig, count: int, window: int | None, default: Cal
     types = config.value("layer_types", None)
     if types is None:
         types = ["sliding_attention" if window and default(index) else "full_attention" for index in range(count)]
-    if not isinstance(types, list) or len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != count or not all(kind in known for kind in types):
         raise config.fail("layer_types", f"must be {count} times sliding_attention or full_attention")
     if "sliding_attention" in types and window is None:
         raise config.fail("layer_types", "has sliding_attention layers, but the config sets no sliding_window")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
-def attention_names(prefix: str = "{layer}.self_attn") -> dict[str, str]:
-    """q_proj, k_proj, v_proj, o_proj and their norms, as most families call them."""
-    names = {f"mixer.{x}": f"{prefix}.{x}_proj" for x in "qkvo"}
-    return names | {f"mixer.{x}_norm": f"{prefix}.{x}_norm" for x in "qk"}
-
-
-def llama_names(_: DecoderSpec) -> dict[str, str | Any]:
-    """Names of Llama and of those that follow it."""
+def llama_names(_: DecoderSpec) -> Names:
+    """Names of Llama and of those that follow it, biases and query/key norms included."""
     return {
         "embed": "{base}embed_tokens",
         "final_norm": "{base}norm",
         "head": "lm_head",
         "pre_mixer_norm": "{layer}.input_layernorm",
         "pre_ffn_norm": "{layer}.post_attention_layernorm",
-        **attention_names(),
+        **{f"mixer.{x}": f"{{layer}}.self_attn.{x}_proj" for x in "qkvo"},
+        **{f"mixer.{x}_norm": f"{{layer}}.self_attn.{x}_norm" for x in "qk"},
         **{f"ffn.{x}": f"{{layer}}.mlp.{x}_proj" for x in ("gate", "up", "down")},
+    }
+
+
+def expert_names(module: str, gate: str, up: str, down: str) -> Names:
+    """Experts under `module`, one tensor each with these names, or stacked as transformers 5 holds them in memory."""
+    stacked = f"{module.replace('block_sparse_moe', 'mlp')}.experts"
+    fused = Place(f"{stacked}.gate_up_proj", fused=("gate", "up"), stacked=True)
+    each = module + ".experts.{expert}."
+    return {
+        "ffn.experts.gate": (each + gate, fused),
+        "ffn.experts.up": (each + up, fused),
+        "ffn.experts.down": (each + down, Place(f"{stacked}.down_proj", stacked=True)),
     }
 
 

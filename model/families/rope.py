@@ -25,12 +25,14 @@ def rope_fields(config: HfConfig, layer_type: str | None) -> dict[str, Any]:
     fields = new if new is not None else (old or {})
     if not isinstance(fields, dict):
         raise config.fail("rope_parameters" if new is not None else "rope_scaling", "must be an object")
-    nested = {key: value for key, value in fields.items() if isinstance(value, dict)}
+    nested = any(isinstance(value, dict) for value in fields.values())
+    if nested != (layer_type is not None) and (nested or (new is not None and fields)):
+        shape = "hold one object per layer type" if layer_type else "be one object for all layers"
+        raise config.fail("rope_parameters", f"must {shape} for this architecture")
     if nested:
-        wanted = layer_type or "full_attention"
-        if wanted not in nested or len(nested) != len(fields):
-            raise config.fail("rope_parameters", f"must hold one object per layer type, {wanted} among them")
-        fields = nested[wanted]
+        fields = fields.get(layer_type)
+        if not isinstance(fields, dict):
+            raise config.fail("rope_parameters", f"has no object for {layer_type} layers")
     return dict(fields)
 
 
@@ -107,6 +109,10 @@ def read_scaling(reader: RopeReader, rotary_dim: int, max_position: int, origina
                 high_freq_factor=reader.number("high_freq_factor"),
                 original_max_position=original,
             )
+        case "longrope" | "su":
+            return longrope(reader, rotary_dim, max_position, original)
+        case "yarn" if "short_factor" in reader.fields:  # what early Phi-3 configs call longrope
+            return longrope(reader, rotary_dim, max_position, original)
         case "yarn":
             truncate = reader.fields.pop("truncate", True)
             if not isinstance(truncate, bool):
@@ -121,8 +127,6 @@ def read_scaling(reader: RopeReader, rotary_dim: int, max_position: int, origina
                 mscale_all_dim=reader.optional("mscale_all_dim"),
                 truncate=truncate,
             )
-        case "longrope" | "su":
-            return longrope(reader, rotary_dim, max_position, original)
     raise reader.fail(
         "rope_type", f"= {reader.kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn, longrope"
     )
@@ -145,7 +149,7 @@ def read_rope(
     max_position = config.integer("max_position_embeddings")
     theta, partial = config.number(theta_field, default_theta), config.number(partial_field, default_partial)
     fields = rope_fields(config, layer_type)
-    if not scaled and "rope_parameters" not in config.raw:
+    if not scaled and not config.has("rope_parameters"):
         fields = {}
     reader = RopeReader(config, fields)
     theta = reader.number("rope_theta", theta)

@@ -40,18 +40,66 @@ def llama(**more: Any) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(**{**SIZES, "head_dim": 12, **more})
 
 
+def longrope() -> dict[str, Any]:
+    """LongRoPE for a rotary dimension of 8, original length 64."""
+    return rope(
+        "longrope",
+        partial_rotary_factor=0.5,
+        short_factor=[1.0, 1.1, 1.3, 1.7],
+        long_factor=[1.0, 1.9, 3.1, 6.0],
+    )
+
+
+LLAMA3 = rope(
+    "llama3", 500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+GEMMA: dict[str, Any] = {**SIZES, "head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 7}
+MOE: dict[str, Any] = {**SIZES, "moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3}
+NO_GQA: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=6, n_positions=256, n_inner=72, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        ffn_dim=72,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**NO_GQA, rope_parameters=rope(partial_rotary_factor=0.5)),
+    "gpt_neox_sequential": lambda: transformers.GPTNeoXConfig(
+        **NO_GQA, use_parallel_residual=False, rope_parameters=rope(partial_rotary_factor=0.25)
+    ),
     "llama": lambda: llama(),
     "llama_bias": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=6, head_dim=8),
-    "llama3": lambda: llama(
-        tie_word_embeddings=True,
-        rope_parameters=rope(
-            "llama3", 500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        ),
-    ),
+    "llama3": lambda: llama(tie_word_embeddings=True, rope_parameters=LLAMA3),
     "llama_linear": lambda: llama(rope_parameters=rope("linear", factor=2.5)),
     "llama_dynamic": lambda: llama(max_position_embeddings=32, rope_parameters=rope("dynamic", factor=4.0)),
     "llama_yarn": lambda: llama(rope_parameters=rope("yarn", 500.0, factor=8.0, original_max_position_embeddings=64)),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=12, sliding_window=9),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2_window": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=11, max_window_layers=2
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=13),
+    "phi3_longrope": lambda: transformers.Phi3Config(
+        **{**SIZES, "num_attention_heads": 3, "num_key_value_heads": 3},
+        rope_parameters=longrope(),
+        original_max_position_embeddings=64,
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=20.0, final_logit_softcapping=15.0),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA, sliding_window_pattern=3),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, head_dim=12, num_local_experts=5, num_experts_per_tok=2),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **MOE, shared_expert_intermediate_size=40, mlp_only_layers=[1], norm_topk_prob=False
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**MOE, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2),
 }
 
 
