@@ -40,11 +40,18 @@ CHAT_TEMPLATE = """{{- bos_token }}
 {{- '<|user|>' + pending.system + message.content | trim + '<|end|>' }}
 {%- set pending.system = '' %}
 {%- elif message.role == 'assistant' %}
+{%- if pending.system %}
+{{- '<|user|>' + pending.system | trim + '<|end|>' }}
+{%- set pending.system = '' %}
+{%- endif %}
 {{- '<|assistant|>' + message.content | trim + '<|end|>' }}
 {%- else %}
 {{- raise_exception('the role must be system, user or assistant, not ' + message.role) }}
 {%- endif %}
 {%- endfor %}
+{%- if pending.system %}
+{{- '<|user|>' + pending.system | trim + '<|end|>' }}
+{%- endif %}
 {%- if add_generation_prompt %}
 {{- '<|assistant|>' }}
 {%- endif %}"""

@@ -165,6 +165,14 @@ def test_chat_template_renders_turns_and_puts_system_before_the_user() -> None:
     assert render(messages, add_generation_prompt=True) == f"{first}<|user|>Thanks<|end|><|assistant|>"
 
 
+def test_chat_template_drops_no_system_message() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assistant = {"role": "assistant", "content": "Yes."}
+    alone = "<|endoftext|><|user|>Be brief.<|end|><|assistant|>"
+    assert render([system], add_generation_prompt=True) == alone
+    assert render([system, assistant], add_generation_prompt=False) == f"{alone}Yes.<|end|>"
+
+
 def test_chat_template_refuses_an_unknown_role() -> None:
     with pytest.raises(ValueError, match="not tool"):
         render([{"role": "tool", "content": "x"}], add_generation_prompt=True)
