@@ -1,0 +1,80 @@
+"""Multi-head attention of one layer on one tensor rank: fused projection, norms, rotary positions, paged cache, output.
+
+Shapes: T tokens, H hidden size; Q query heads, K key/value heads, D head_dim, all local to the rank.
+Sharded: heads. The output projection gives a partial sum over ranks, which the decoder reduces (one all-reduce, shared
+with the feed-forward where both branches read the same input).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from shoal.kernels.attention import paged_attention
+from shoal.kernels.kv_write import kv_write
+from shoal.kernels.rope import rope_
+from shoal.model.batch import BatchInput
+from shoal.model.kv_cache import LayerCache
+from shoal.model.qk_norm import make_qk_norm
+from shoal.model.shard import ModelShard
+from shoal.model.spec import Attention
+from shoal.parallel.communicator import Communicator
+from shoal.parallel.linear import ColumnLinear, RowLinear
+
+
+class AttentionMixer:
+    """The mixer of one layer. params: tensors of the layer's mixer, named as in model/parameters.py without prefix."""
+
+    def __init__(
+        self,
+        spec: Attention,
+        shard: ModelShard,
+        params: Mapping[str, torch.Tensor],
+        group: Communicator,
+        *,
+        deterministic: bool,
+    ) -> None:
+        heads = shard.heads(spec)
+        self.spec, self.deterministic = spec, deterministic
+        self.num_heads, self.num_kv_heads = heads.num_heads, heads.num_kv_heads
+        self.qkv = ColumnLinear(params["qkv.weight"], params.get("qkv.bias"), deterministic=deterministic)
+        self.out = RowLinear(params["o.weight"], params.get("o.bias"), group, deterministic=deterministic)
+        self.out_bias = self.out.bias
+        device = params["qkv.weight"].device
+        self.q_to_kv = None if heads.uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
+        self.sinks = params["sinks"].float() if spec.sinks else None
+        self.qk_norm = make_qk_norm(spec, shard, params, group)
+
+    def partial(
+        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
+    ) -> torch.Tensor:
+        """Attention over x and what is cached, keys and values of x added to the cache: this rank's part of the sum.
+
+        x: [T, H]; cos_sin: the rows' rotary cosines and sines, None without rotary positions. Returns [T, H].
+        """
+        num_tokens, dim = x_TH.shape[0], self.spec.head_dim
+        qkv = self.qkv(x_TH)
+        turned = self.num_heads + self.num_kv_heads
+        qk_TGD = qkv[:, : turned * dim].view(num_tokens, turned, dim)
+        q_TQD, k_TKD = qk_TGD[:, : self.num_heads], qk_TGD[:, self.num_heads :]
+        v_TKD = qkv[:, turned * dim :].view(num_tokens, self.num_kv_heads, dim)
+        if self.qk_norm is not None:
+            self.qk_norm(q_TQD, k_TKD)
+        if cos_sin_TR is not None:
+            rope_(qk_TGD, cos_sin_TR)
+        tables = batch.groups[cache.group]
+        kv_write(k_TKD, v_TKD, cache.keys, cache.values, tables.slot_mapping_T)
+        attended_TQD = paged_attention(
+            q_TQD,
+            cache.keys,
+            cache.values,
+            tables.block_table_RB,
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            scale=self.spec.scale,
+            window=self.spec.window,
+            softcap=self.spec.softcap,
+            sinks=self.sinks,
+            q_to_kv=self.q_to_kv,
+            deterministic=self.deterministic,
+        )
+        return self.out.partial(attended_TQD.view(num_tokens, self.num_heads * dim))

@@ -1,0 +1,172 @@
+"""Stage: the part of the one decoder that a rank computes. Every family runs through it; a DecoderSpec says what it is.
+
+    hidden = stage.embed(batch)                        # first stage
+    hidden = stage.forward(batch, hidden, cache)       # every stage; hidden [num_tokens, hidden_size] travels
+    between them logits = stage.logits(hidden[rows])                # last stage
+
+Under tensor parallelism every rank of the group calls the same methods in the same order. Collectives: one all-reduce
+for the embedding, two per layer (one where both branches read the same input), one gather for the logits.
+Shapes: T tokens, R rows, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from shoal.model.attention import AttentionMixer
+from shoal.model.batch import BatchInput
+from shoal.model.feed_forward import make_feed_forward, scoped
+from shoal.model.kv_cache import KVCache, LayerCache
+from shoal.model.norms import make_norm
+from shoal.model.parameters import head_is_shared
+from shoal.model.rotary import RotaryTable
+from shoal.model.shard import ModelShard
+from shoal.model.spec import DecoderSpec, Layer, Rope
+from shoal.parallel.communicator import Communicator
+from shoal.parallel.embedding import VocabEmbedding, VocabHead
+
+
+class DecoderLayer:
+    """One block: mixer and feed-forward with their norms around the residual stream."""
+
+    def __init__(
+        self,
+        spec: Layer,
+        shard: ModelShard,
+        params: Mapping[str, torch.Tensor],
+        group: Communicator,
+        *,
+        deterministic: bool,
+    ) -> None:
+        self.group, self.parallel = group, spec.residual == "parallel"
+        self.mixer = AttentionMixer(spec.mixer, shard, scoped(params, "mixer."), group, deterministic=deterministic)
+        ffn = scoped(params, "ffn.")
+        self.ffn = make_feed_forward(spec.ffn, shard, ffn, group, deterministic=deterministic)
+        self.pre_mixer, self.post_mixer, self.pre_ffn, self.post_ffn = (
+            make_norm(getattr(spec, name), params, name)
+            for name in ("pre_mixer_norm", "post_mixer_norm", "pre_ffn_norm", "post_ffn_norm")
+        )
+
+    def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
+        """The sum of all ranks' parts, in place, then the biases."""
+        out_TH = self.group.all_reduce(partial_TH)
+        for bias_H in biases:
+            if bias_H is not None:
+                out_TH += bias_H
+        return out_TH
+
+    def __call__(
+        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
+    ) -> torch.Tensor:
+        """The layer's output, [T, H]; x is not changed."""
+        mixed_TH = self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+        if self.parallel:
+            return self.parallel_branches(x_TH, mixed_TH)
+        mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+        if self.post_mixer:
+            mixed_TH = self.post_mixer(mixed_TH)
+        x_TH = mixed_TH.add_(x_TH)
+        out_TH = self.reduced(self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH), self.ffn.out_bias)
+        if self.post_ffn:
+            out_TH = self.post_ffn(out_TH)
+        return out_TH.add_(x_TH)
+
+    def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
+        """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
+        follow.
+        """
+        out_TH = self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+        if self.post_mixer or self.post_ffn:
+            mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+            out_TH = self.reduced(out_TH, self.ffn.out_bias)
+            mixed_TH = self.post_mixer(mixed_TH) if self.post_mixer else mixed_TH
+            out_TH = self.post_ffn(out_TH) if self.post_ffn else out_TH
+            return out_TH.add_(mixed_TH).add_(x_TH)
+        return self.reduced(out_TH.add_(mixed_TH), self.mixer.out_bias, self.ffn.out_bias).add_(x_TH)
+
+
+class Stage:
+    """Layers [shard.first_layer, shard.last_layer) of a decoder, with the embedding on the first stage and the head
+    on the last.
+
+    params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
+    group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
+    max_model_len: positions that may occur; default: the model's own limit.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: ModelShard,
+        params: Mapping[str, torch.Tensor],
+        tensor: Communicator,
+        *,
+        deterministic: bool = False,
+        max_model_len: int | None = None,
+    ) -> None:
+        assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
+        self.spec, self.shard = spec, shard
+        self.layers = {
+            index: DecoderLayer(
+                spec.layers[index], shard, scoped(params, f"layers.{index}."), tensor, deterministic=deterministic
+            )
+            for index in range(shard.first_layer, shard.last_layer)
+        }
+        some = next(iter(params.values()))
+        self.dtype = some.dtype
+        self._make_tables(max_model_len or spec.max_position, some.device)
+        vocab = shard.vocab_ranges(spec.vocab_size)
+        if shard.has_embedding:
+            self.embedding = VocabEmbedding(params["embed.weight"], vocab[shard.tp_rank], tensor)
+            self.positions = params.get("positions.weight")
+            scale = spec.embed_scale
+            self.embed_scale = None if scale is None else torch.tensor(scale).to(self.dtype).item()
+        if shard.has_head:
+            self.final_norm = make_norm(spec.final_norm, params, "final_norm")
+            weight = params["embed.weight" if head_is_shared(spec, shard) else "head.weight"]
+            self.head = VocabHead(weight, params.get("head.bias"), vocab, tensor, deterministic=deterministic)
+
+    def _make_tables(self, max_model_len: int, device: torch.device) -> None:
+        """One rotary table per different Rope of the layers; self.rotations[layer] says which, None for none."""
+        ropes: list[Rope] = []
+        self.rotations: dict[int, int | None] = {}
+        for index in self.layers:
+            rope = self.spec.layers[index].mixer.rope
+            if rope is not None and rope not in ropes:
+                ropes.append(rope)
+            self.rotations[index] = None if rope is None else ropes.index(rope)
+        self.tables = [RotaryTable(rope, max_model_len, device) for rope in ropes]
+
+    @torch.inference_mode()
+    def embed(self, batch: BatchInput) -> torch.Tensor:
+        """The embeddings of the batch's tokens, with learned positions where the model has them: [T, H]."""
+        hidden_TH = self.embedding(batch.token_ids_T)
+        if self.embed_scale is not None:
+            hidden_TH *= self.embed_scale
+        if self.positions is not None:
+            assert self.spec.learned_positions is not None
+            hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
+        return hidden_TH
+
+    @torch.inference_mode()
+    def forward(self, batch: BatchInput, hidden_TH: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """This stage's layers. hidden: [T, H], from embed or from the stage before. The tokens' keys and values are
+        written to the cache. Returns [T, H].
+        """
+        looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
+        for index, layer in self.layers.items():
+            rotation = self.rotations[index]
+            cos_sin_TR = None if rotation is None else looked_up[rotation]
+            hidden_TH = layer(hidden_TH, cos_sin_TR, batch, cache.layers[index])
+        return hidden_TH
+
+    @torch.inference_mode()
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """The logits of rows of the last stage's hidden state ([R, H]): [R, V] float32, whole on every rank of the
+        group.
+        """
+        normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
+        logits_RV = self.head(normed_RH)
+        if self.spec.final_softcap is not None:
+            logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)
+        return logits_RV
