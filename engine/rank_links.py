@@ -1,0 +1,246 @@
+"""RankLinks: the engine's side of the control channels to all ranks of a replica; finds the first cause when one of
+them fails.
+
+When a rank dies, the others report failed collectives, often before the kernel's word of the death has come. So the
+first sign of trouble starts a short hearing: everything that arrives is collected, a cause is chosen (a rank's own
+error or a signal before mere consequences), the group is killed, and one ExecutorFailed tells it.
+"""
+
+import logging
+import selectors
+import time
+from abc import ABC, abstractmethod
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from shoal.engine.executor import ExecutorFailed
+from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure, Stop
+from shoal.parallel.control import Channel, ControlError, ControlTimeout, PeerGone, encode_frame
+
+HEARING_S = 1.0
+STALE_HEARTBEAT_S = 3.0
+LOG_LINES = 30
+
+logger = logging.getLogger("shoal.ranks")
+
+
+class RankRefused(ExecutorFailed):
+    """A rank says that the settings or the checkpoint do not allow a start: the user's to mend, not a malfunction."""
+
+
+class RankExit(NamedTuple):
+    """A rank's process ended. how: in words. log: the end of what it wrote. by_signal: something killed it."""
+
+    rank: int
+    how: str
+    log: str
+    by_signal: bool
+
+
+class Supervisor(ABC):
+    """Knows the processes of the ranks on this host."""
+
+    @abstractmethod
+    def fileno(self) -> int | None:
+        """Readable when `ended` has news; None when no rank is supervised here."""
+
+    @abstractmethod
+    def ended(self) -> list[RankExit]:
+        """The ranks that ended since the last call. Raises ControlError when nothing can be known any more."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all have ended."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill all that still run, and wait until they are gone."""
+
+
+def _end_of(log: str) -> str:
+    """The last lines of a log, for people."""
+    return "\n".join(log.strip().splitlines()[-LOG_LINES:])
+
+
+def first_cause(failures: list[RankFailure], exits: list[RankExit], hung_up: dict[int, str]) -> ExecutorFailed:
+    """The cause of a group's failure, from all that was heard of it in the order it came (something was).
+
+    A signal from outside first, then a rank's own error, then one that ended without a word; collectives that failed
+    and lost connections are consequences, unless there is nothing else.
+    """
+    told = {failure.rank for failure in failures}
+    for exited in exits:
+        if exited.by_signal:
+            return ExecutorFailed(exited.how, exited.rank, _end_of(exited.log))
+    for failure in failures:
+        if failure.kind == "refusal":
+            return RankRefused(failure.cause, failure.rank)
+        if failure.kind == "error":
+            return ExecutorFailed(failure.cause, failure.rank, failure.detail.strip())
+    for exited in exits:
+        if exited.rank not in told:
+            return ExecutorFailed(exited.how, exited.rank, _end_of(exited.log))
+    for failure in failures:
+        return ExecutorFailed(failure.cause, failure.rank, failure.detail.strip())
+    rank, how = next(iter(hung_up.items()))
+    return ExecutorFailed(how, rank)
+
+
+class RankLinks:
+    """Channels to the ranks, indexed by replica rank, and their supervisor. Used by one thread."""
+
+    def __init__(self, channels: "list[Channel[FromRank]]", supervisor: Supervisor) -> None:
+        self.size = len(channels)
+        self._channels, self._supervisor = channels, supervisor
+        self._selector = selectors.DefaultSelector()
+        for rank, channel in enumerate(channels):
+            self._selector.register(channel, selectors.EVENT_READ, rank)
+        if supervisor.fileno() is not None:
+            self._selector.register(supervisor, selectors.EVENT_READ, None)  # type: ignore[arg-type]
+        self._heard: dict[int, tuple[float, Heartbeat]] = {}
+        self._hung_up: dict[int, str] = {}
+        self._failure: ExecutorFailed | None = None
+        self._closed = False
+
+    def fileno(self) -> int:
+        """For another selector: readable when any rank has said something."""
+        return self._selector.fileno()
+
+    def broadcast(self, message: msgspec.Struct, timeout_s: float) -> None:
+        """Send a message to every rank, encoded once. Raises ExecutorFailed."""
+        if self._failure is not None:
+            raise self._failure
+        frame = encode_frame(message)
+        for rank, channel in enumerate(self._channels):
+            try:
+                channel.send_frame(frame, timeout_s)
+            except ControlTimeout:
+                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", rank)
+            except ControlError as error:
+                self._hung_up[rank] = str(error)
+                self._hear()
+
+    def try_broadcast(self, message: msgspec.Struct) -> None:
+        """Send a message to every rank that takes it at once."""
+        for channel in self._channels:
+            try:
+                channel.try_send(message)
+            except ControlError:
+                pass  # its end of file is what tells
+
+    def receive(self, timeout_s: float) -> list[tuple[int, FromRank]]:
+        """What ranks said, waiting at most timeout_s for the first; heartbeats and log lines are taken care of.
+
+        Raises ExecutorFailed when a rank has failed or ended; the group is dead then.
+        """
+        if self._failure is not None:
+            raise self._failure
+        messages, failures, exits = self._collect(timeout_s)
+        if failures or exits or self._hung_up:
+            self._hear(failures, exits)
+        return messages
+
+    def _collect(self, timeout_s: float) -> tuple[list[tuple[int, FromRank]], list[RankFailure], list[RankExit]]:
+        messages: list[tuple[int, FromRank]] = []
+        failures: list[RankFailure] = []
+        exits: list[RankExit] = []
+        for key, _ in self._selector.select(timeout_s):
+            rank = key.data
+            try:
+                if rank is None:
+                    exits += self._supervisor.ended()
+                    continue
+                for message in self._channels[rank].poll():
+                    match message:
+                        case Heartbeat():
+                            self._heard[rank] = (time.monotonic(), message)
+                        case LogLine():
+                            logger.log(message.level, "rank %d: %s", rank, message.text)
+                        case RankFailure():
+                            failures.append(message)
+                        case _:
+                            messages.append((rank, message))
+            except ControlError as error:
+                self._selector.unregister(key.fileobj)
+                if rank is None:
+                    raise self._end(ExecutorFailed(f"the ranks' supervisor is gone: {error}")) from None
+                self._hung_up[rank] = "closed its connection" if isinstance(error, PeerGone) else str(error)
+        return messages, failures, exits
+
+    def _hear(self, failures: list[RankFailure] | None = None, exits: list[RankExit] | None = None) -> NoReturn:
+        """Collect what can be known about a failure, then raise it."""
+        failures, exits = list(failures or []), list(exits or [])
+        deadline = time.monotonic() + HEARING_S
+        while not self._known(failures, exits) and (left := deadline - time.monotonic()) > 0:
+            _, more_failures, more_exits = self._collect(left)
+            failures += more_failures
+            exits += more_exits
+        raise self._end(first_cause(failures, exits, self._hung_up))
+
+    @staticmethod
+    def _known(failures: list[RankFailure], exits: list[RankExit]) -> bool:
+        """Whether there is a cause that needs no other."""
+        return any(failure.kind != "consequence" for failure in failures) or any(exited.by_signal for exited in exits)
+
+    def fail(self, cause: str, rank: int | None, detail: str = "") -> NoReturn:
+        """Give the group up for a reason of the engine's own: kill it and raise ExecutorFailed."""
+        raise self._end(ExecutorFailed(cause, rank, detail))
+
+    def _end(self, failure: ExecutorFailed) -> ExecutorFailed:
+        """Kill the group for this reason, unless there was one before; returns the first."""
+        if self._failure is None:
+            self._failure = failure
+            self._supervisor.kill()
+            self.close()
+        return self._failure
+
+    def stalest(self) -> int | None:
+        """The one rank that has been silent for seconds while others were not; None when there is no such one."""
+        now = time.monotonic()
+        silent = [
+            rank
+            for rank in range(self.size)
+            if rank not in self._heard or now - self._heard[rank][0] > STALE_HEARTBEAT_S
+        ]
+        return silent[0] if len(silent) == 1 else None
+
+    def doing(self) -> str:
+        """A line per rank: what its last heartbeat said, and when."""
+        lines, now = [], time.monotonic()
+        for rank in range(self.size):
+            if rank in self._heard:
+                moment, beat = self._heard[rank]
+                lines.append(f"rank {rank}: {beat.doing} since {beat.for_s:.1f} s, heard {now - moment:.1f} s ago")
+            else:
+                lines.append(f"rank {rank}: never heard")
+        return "\n".join(lines)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ask every rank to end, kill those that have not after timeout_s. Idempotent."""
+        if self._closed:
+            return
+        self.try_broadcast(Stop())
+        deadline = time.monotonic() + timeout_s
+        waiting = set(range(self.size)) - set(self._hung_up)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                try:
+                    if key.data is None:
+                        self._supervisor.ended()
+                    else:
+                        self._channels[key.data].poll()
+                except ControlError:
+                    self._selector.unregister(key.fileobj)
+                    waiting.discard(key.data)
+        self._supervisor.wait(max(0.0, deadline - time.monotonic()))
+        self._supervisor.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Close the channels: ranks that live elsewhere end when they notice. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._selector.close()
+            for channel in self._channels:
+                channel.close()

@@ -1,0 +1,103 @@
+"""What an engine and its ranks say to each other on the control channel, besides StepPlan and StepResult. No torch.
+
+rank -> engine: Hello, Loading, Profiled, CacheReady, StepResult; at any time Heartbeat, LogLine, RankFailure
+engine -> rank: Begin, Allocate, StepPlan, Ping, Stop
+"""
+
+from typing import Literal
+
+import msgspec
+
+from shoal.engine.messages import Message, StepPlan, StepResult
+from shoal.model.ledger import MemoryReport
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """A rank introduces itself. What must be equal on all ranks is compared before anything is loaded.
+
+    config: fingerprint of settings, model and shard sizes. native: fingerprint of the C kernels, "" without them.
+    versions: of shoal, Python and torch.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    versions: str
+    config: str
+    native: str
+
+
+class Begin(Message, frozen=True, kw_only=True):
+    """Join the others at `rendezvous` (see `shoal.parallel.mesh.make_mesh`) and load."""
+
+    rendezvous: str
+
+
+class Loading(Message, frozen=True, kw_only=True):
+    """Weights read so far, in bytes."""
+
+    rank: int
+    done: int
+    total: int
+
+
+class Profiled(Message, frozen=True, kw_only=True):
+    """Loaded, and measured."""
+
+    report: MemoryReport
+
+
+class Allocate(Message, frozen=True, kw_only=True):
+    """Make the cache: blocks of every cache group."""
+
+    num_blocks: list[int]
+
+
+class CacheReady(Message, frozen=True, kw_only=True):
+    """The rank waits for plans."""
+
+    rank: int
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """The engine is there and has nothing to do."""
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """End in order."""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """What a rank is doing ("step 17"), and for how many seconds."""
+
+    rank: int
+    doing: str
+    for_s: float
+
+
+class LogLine(Message, frozen=True, kw_only=True):
+    """A record of a rank's logging. level: of the logging module."""
+
+    rank: int
+    level: int
+    text: str
+
+
+class RankFailure(Message, frozen=True, kw_only=True):
+    """A rank cannot go on, and ends.
+
+    kind: "consequence" when it only noticed that another rank does not take part (a collective failed), so the cause is
+    elsewhere; "refusal" when the settings or the checkpoint do not allow a start. detail: its traceback.
+    """
+
+    rank: int
+    cause: str
+    detail: str
+    kind: Literal["error", "consequence", "refusal"]
+
+
+FromRank = Hello | Loading | Profiled | CacheReady | StepResult | Heartbeat | LogLine | RankFailure
+ToRank = Begin | Allocate | StepPlan | Ping | Stop
+
+FROM_RANK: "msgspec.msgpack.Decoder[FromRank]" = msgspec.msgpack.Decoder(FromRank)
+TO_RANK: "msgspec.msgpack.Decoder[ToRank]" = msgspec.msgpack.Decoder(ToRank)

@@ -1,0 +1,123 @@
+"""An engine's own process: brings up the ranks of one replica, then serves its front end. No torch.
+
+Forked from a zygote, with a connection to it for forking and watching the ranks. Nothing outlives it: the zygote kills
+its ranks, and ranks on other hosts notice their channel. It ends when the front end says so or is gone, or when a rank
+has failed.
+"""
+
+import logging
+import os
+import signal
+import time
+import traceback
+
+from shoal.engine.engine_core import EngineCore
+from shoal.engine.executor import ExecutorFailed
+from shoal.engine.messages import Failure, Message
+from shoal.launcher.bootstrap import ENGINE_BOOTSTRAP, EngineBootstrap
+from shoal.launcher.engine_server import EngineServer, FrontGone
+from shoal.launcher.processes import ZygoteConnection
+from shoal.launcher.rank_group import RankGroup
+from shoal.launcher.replica_messages import TO_ENGINE, Beat, Listening, LogText, Ready, Refused, Starting, ToEngine
+from shoal.parallel.control import Channel, ControlError
+from shoal.parallel.control_connect import Listener, connect
+from shoal.parallel.control_heartbeat import Heartbeat
+
+CONNECT_TIMEOUT_S = 30.0
+TELL_TIMEOUT_S = 10.0
+NEWS_INTERVAL_S = 0.1
+MAX_LOG_CHARS = 4096
+
+
+def main(payload: bytes, supervisor_fd: int | None) -> None:
+    """Entry of a forked engine."""
+    assert supervisor_fd is not None, "an engine is forked with a connection of its own"
+    raise SystemExit(run_engine(ENGINE_BOOTSTRAP.decode(payload), ZygoteConnection.from_fd(supervisor_fd)))
+
+
+def run_engine(bootstrap: EngineBootstrap, zygote: ZygoteConnection) -> int:
+    """Be the engine of a replica to its end; 0 when the front end asked for the end, 1 otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides
+    front = connect(bootstrap.front_address, bootstrap.key, TO_ENGINE, "the front end", CONNECT_TIMEOUT_S)
+    handler = _ToFrontEnd(front)
+    logging.basicConfig(level=bootstrap.model.config.runtime.log_level.upper(), handlers=[handler], force=True)
+    heart = Heartbeat(front, Beat, lambda: os._exit(1))  # a step may run for long; nobody wants its result any more
+    heart.start()
+    try:
+        return _bring_up_and_serve(bootstrap, zygote, front)
+    except (FrontGone, ControlError):
+        return 1
+    except Exception as error:  # noqa: BLE001 - told to the front end
+        _tell_last(front, _last_word(error))
+        return 1
+    finally:
+        heart.stop()
+        zygote.close()
+        front.close()
+
+
+def _bring_up_and_serve(bootstrap: EngineBootstrap, zygote: ZygoteConnection, front: "Channel[ToEngine]") -> int:
+    """The engine's life. Returns its exit code."""
+    config = bootstrap.model.config
+    listener = Listener.unix() if bootstrap.listen_host is None else Listener.tcp(bootstrap.listen_host)
+    front.send(Listening(address=listener.address), TELL_TIMEOUT_S)
+    try:
+        executor, report = RankGroup(bootstrap, zygote, listener, _News(front)).executor()
+    finally:
+        listener.close()
+    try:
+        core = EngineCore(config, executor)
+        front.send(Ready(capacity=executor.capacity, report=report), TELL_TIMEOUT_S)
+        return EngineServer(core, front, executor).run()
+    finally:
+        executor.stop()
+
+
+class _News:
+    """Passes progress on, not too often, and notices a front end that gave up."""
+
+    def __init__(self, front: "Channel[ToEngine]") -> None:
+        self._front = front
+        self._last, self._next = Starting(doing=""), 0.0
+
+    def __call__(self, news: Starting) -> None:
+        if self._front.poll():
+            raise FrontGone("the front end does not wait for the start any more")
+        now = time.monotonic()
+        if news != self._last and (now >= self._next or news.doing != self._last.doing or news.done == news.total):
+            self._last, self._next = news, now + NEWS_INTERVAL_S
+            self._front.try_send(news)
+
+
+def _last_word(error: Exception) -> Message:
+    """What the front end is told when the engine ends by an exception."""
+    if isinstance(error, ExecutorFailed):
+        return Failure(rank=error.rank, cause=error.cause, detail=error.detail)
+    if isinstance(error, ValueError):
+        return Refused(text=str(error))
+    return Failure(
+        rank=None, cause=f"the engine failed: {type(error).__name__}: {error}", detail=traceback.format_exc()
+    )
+
+
+def _tell_last(front: "Channel[ToEngine]", message: Message) -> None:
+    print(message, flush=True)
+    try:
+        front.send(message, TELL_TIMEOUT_S)
+    except ControlError:
+        pass  # it is gone; the log has it
+
+
+class _ToFrontEnd(logging.Handler):
+    """Sends log records, the ranks' among them, to the front end, as many as it takes."""
+
+    def __init__(self, front: "Channel[ToEngine]") -> None:
+        super().__init__()
+        self._front = front
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
+        try:
+            self._front.try_send(LogText(level=record.levelno, text=self.format(record)[:MAX_LOG_CHARS]))
+        except ControlError:
+            pass  # the loop will notice

@@ -1,0 +1,265 @@
+"""Bringing up the ranks of a replica: start those of this host, let all connect, agree, load, size the cache. The
+engine's side; no torch.
+
+    Hello (all alike?) -> Begin -> Loading ... -> Profiled -> Allocate (blocks: the minimum over ranks) -> CacheReady
+"""
+
+import logging
+import selectors
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from shoal.engine.executor import Capacity, ExecutorFailed
+from shoal.engine.multi_rank_executor import MultiRankExecutor
+from shoal.engine.rank_links import RankExit, RankLinks, RankRefused, Supervisor
+from shoal.engine.rank_messages import (
+    FROM_RANK,
+    Allocate,
+    Begin,
+    CacheReady,
+    FromRank,
+    Hello,
+    Loading,
+    LogLine,
+    Profiled,
+    RankFailure,
+)
+from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap, versions
+from shoal.launcher.capacity import make_capacity
+from shoal.launcher.processes import ZygoteConnection, describe_exit
+from shoal.launcher.rendezvous import Rendezvous, make_rendezvous
+from shoal.launcher.replica_messages import Starting
+from shoal.launcher.zygote_messages import Exited
+from shoal.model.ledger import MemoryReport, plan_cache
+from shoal.model.ledger_table import format_ledger
+from shoal.parallel.control import Channel, ControlError
+from shoal.parallel.control_connect import Listener
+
+Answer = TypeVar("Answer", bound=msgspec.Struct)
+
+RANK_ENTRY = "shoal.launcher.rank_process:main"
+HELLO_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 5.0
+POLL_S = 0.25
+
+logger = logging.getLogger("shoal.ranks")
+
+
+class LocalRanks(Supervisor):
+    """The ranks this engine forked through the zygote."""
+
+    def __init__(self, connection: ZygoteConnection) -> None:
+        self._connection = connection
+        self._ranks: dict[int, int] = {}
+
+    def start(self, bootstrap: RankBootstrap) -> None:
+        """Fork one rank."""
+        payload = msgspec.msgpack.encode(bootstrap)
+        process_id = self._connection.fork(f"rank {bootstrap.rank}", RANK_ENTRY, payload)
+        self._ranks[process_id] = bootstrap.rank
+
+    def fileno(self) -> int | None:
+        """The zygote's channel."""
+        return self._connection.fileno() if self._ranks else None
+
+    def ended(self) -> list[RankExit]:
+        """Ranks that ended, with their logs."""
+        return [self._describe(exited) for exited in self._connection.poll()]
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all ended."""
+        self._connection.wait(list(self._ranks), timeout_s)
+
+    def kill(self) -> None:
+        """Those that still run."""
+        self._connection.end(list(self._ranks), KILL_TIMEOUT_S)
+
+    def _describe(self, exited: Exited) -> RankExit:
+        return RankExit(self._ranks[exited.process_id], describe_exit(exited), exited.log, exited.status < 0)
+
+
+class RankGroup:
+    """The ranks of one replica while they are brought up. `executor` does it all; each wait ends at start_timeout_s."""
+
+    def __init__(
+        self,
+        bootstrap: EngineBootstrap,
+        connection: ZygoteConnection,
+        listener: Listener,
+        tell: Callable[[Starting], None],
+    ) -> None:
+        """tell: called with news every POLL_S or sooner; may raise to give up."""
+        self._bootstrap, self._listener, self._tell = bootstrap, listener, tell
+        self._config = bootstrap.model.config
+        self._size = len(bootstrap.shards)
+        self._supervisor = LocalRanks(connection)
+        self._deadline = time.monotonic() + self._config.launcher.start_timeout_s
+        self._links: RankLinks | None = None
+        self._rendezvous: Rendezvous | None = None
+
+    def executor(self) -> tuple[MultiRankExecutor, str]:
+        """Bring the ranks up; returns the executor and the memory table. Raises ExecutorFailed, ValueError."""
+        try:
+            for rank, device in self._bootstrap.devices.items():
+                self._supervisor.start(self._rank_bootstrap(rank, device))
+            links = self._links = RankLinks(self._connected(), self._supervisor)
+            self._rendezvous = make_rendezvous(self._config, self._bootstrap.listen_host)
+            links.broadcast(Begin(rendezvous=self._rendezvous.address), HELLO_TIMEOUT_S)
+            capacity, report = self._sized(self._profiled(links))
+            links.broadcast(Allocate(num_blocks=[group.num_blocks for group in capacity.groups]), HELLO_TIMEOUT_S)
+            self._gather(links, CacheReady, "allocating the cache")
+        except BaseException as error:
+            self.kill()
+            if isinstance(error, RankRefused):
+                raise ValueError(str(error)) from None
+            raise
+        finally:
+            if self._rendezvous is not None:
+                self._rendezvous.close()
+        executor = MultiRankExecutor(
+            links,
+            capacity,
+            sampling_rank=self._size - self._config.parallel.tensor,
+            step_timeout_s=self._config.launcher.step_timeout_s,
+            stop_timeout_s=self._config.launcher.stop_timeout_s,
+        )
+        return executor, report
+
+    def kill(self) -> None:
+        """End what there is of the group."""
+        self._supervisor.kill()
+        if self._links is not None:
+            self._links.close()
+
+    def _rank_bootstrap(self, rank: int, device: str) -> RankBootstrap:
+        boot = self._bootstrap
+        return RankBootstrap(
+            rank=rank,
+            model=boot.model,
+            shard=boot.shards[rank],
+            device=device,
+            threads=boot.threads,
+            address=self._listener.address,
+            key=boot.key,
+            config_fingerprint=boot.config_fingerprint,
+        )
+
+    def _left(self, missing: str) -> float:
+        """Seconds until the start's deadline, at most POLL_S. Raises ExecutorFailed past it."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            limit = self._config.launcher.start_timeout_s
+            detail = "" if self._links is None else self._links.doing()
+            raise ExecutorFailed(
+                f"the start took longer than launcher.start_timeout_s = {limit:g}: {missing}", None, detail
+            )
+        return min(left, POLL_S)
+
+    def _connected(self) -> "list[Channel[FromRank]]":
+        """A channel per rank, in order, once all have said Hello and agree."""
+        arrived: dict[int, tuple[Channel[FromRank], Hello]] = {}
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            if self._supervisor.fileno() is not None:
+                selector.register(self._supervisor, selectors.EVENT_READ)  # type: ignore[arg-type]
+            while len(arrived) < self._size:
+                missing = ", ".join(str(rank) for rank in range(self._size) if rank not in arrived)
+                self._tell(Starting(doing=f"waiting for rank {missing}"))
+                for key, _ in selector.select(self._left(f"rank {missing} did not connect")):
+                    if key.fileobj is self._listener:
+                        self._welcome(arrived)
+                    else:
+                        for exited in self._supervisor.ended():
+                            raise ExecutorFailed(f"{exited.how} before it connected", exited.rank, exited.log.strip())
+        self._agree([hello for _, hello in arrived.values()])
+        return [arrived[rank][0] for rank in range(self._size)]
+
+    def _welcome(self, arrived: "dict[int, tuple[Channel[FromRank], Hello]]") -> None:
+        """Let one rank in. Strangers are turned away by the listener; that is no error of the start."""
+        try:
+            channel = self._listener.accept(self._bootstrap.key, FROM_RANK, "a rank", POLL_S)
+        except ControlError:
+            return
+        hello = self._introduction(channel)
+        if not 0 <= hello.rank < self._size or hello.rank in arrived:
+            channel.close()
+            raise ExecutorFailed(
+                f"introduced itself, but the replica has ranks 0 to {self._size - 1}, each once", hello.rank
+            )
+        channel.peer = f"rank {hello.rank}"
+        arrived[hello.rank] = (channel, hello)
+
+    @staticmethod
+    def _introduction(channel: "Channel[FromRank]") -> Hello:
+        """The Hello of a rank that just connected, past its log lines. Raises ExecutorFailed when it fails instead."""
+        deadline = time.monotonic() + HELLO_TIMEOUT_S
+        while True:
+            try:
+                message = channel.receive(max(0.0, deadline - time.monotonic()))
+            except ControlError as error:
+                raise ExecutorFailed(f"a rank connected and did not introduce itself: {error}") from None
+            match message:
+                case Hello():
+                    return message
+                case LogLine():
+                    logger.log(message.level, "rank %d: %s", message.rank, message.text)
+                case RankFailure():
+                    raise ExecutorFailed(message.cause, message.rank, message.detail)
+
+    def _agree(self, hellos: list[Hello]) -> None:
+        """Raise ExecutorFailed when a rank runs something else than the others."""
+        expected = {
+            "runs other versions": ("versions", versions()),
+            "was given other settings or another model": ("config", self._bootstrap.config_fingerprint),
+            "has other C kernels": ("native", min(hellos, key=lambda hello: hello.rank).native),
+        }
+        for hello in hellos:
+            for what, (field, value) in expected.items():
+                got = getattr(hello, field)
+                if got != value:
+                    raise ExecutorFailed(
+                        f"{what} than the engine's host: {got or 'none'} on {hello.host}, expected {value or 'none'}; "
+                        "install the same on every host and start all with the same command",
+                        hello.rank,
+                    )
+
+    def _profiled(self, links: RankLinks) -> list[MemoryReport]:
+        """Every rank's memory report, in rank order."""
+        return [message.report for message in self._gather(links, Profiled, "loading")]
+
+    def _gather(self, links: RankLinks, kind: type[Answer], doing: str) -> list[Answer]:
+        """One message of this kind from every rank, in rank order; progress is passed on meanwhile."""
+        got: dict[int, Answer] = {}
+        progress: dict[int, Loading] = {}
+        while len(got) < self._size:
+            missing = ", ".join(str(rank) for rank in range(self._size) if rank not in got)
+            for rank, message in links.receive(self._left(f"rank {missing} is not through with {doing}")):
+                match message:
+                    case Loading():
+                        progress[rank] = message
+                    case _ if isinstance(message, kind):
+                        got[rank] = message
+                    case _:
+                        links.fail(f"sent a {type(message).__name__} while {doing}", rank)
+            done, total = (sum(getattr(p, name) for p in progress.values()) for name in ("done", "total"))
+            self._tell(Starting(doing=doing, done=done, total=total))
+        return [got[rank] for rank in range(self._size)]
+
+    def _sized(self, reports: list[MemoryReport]) -> tuple[Capacity, str]:
+        """The replica's capacity, the minimum over its ranks, and the table that explains it."""
+        config, spec = self._config, self._bootstrap.model.spec
+        max_model_len = config.model.max_model_len
+        assert max_model_len is not None, "settings are resolved before an engine starts"
+        plan = plan_cache(
+            reports,
+            spec.cache_windows,
+            config,
+            max_model_len=max_model_len,
+            device_type=config.runtime.device,
+            ranks_per_device=self._bootstrap.ranks_per_device,
+        )
+        capacity = make_capacity(plan, spec, max_in_flight=config.parallel.pipeline)
+        return capacity, format_ledger(reports, self._bootstrap.shards, config.cache.reserve, plan)

@@ -1,0 +1,223 @@
+"""One rank's process: joins its engine, loads its shard, then runs step plans until told to stop.
+
+A zygote forks it (`main`), torchrun's processes call `run_rank` themselves. The main thread may be in a kernel or a
+collective for long; a heartbeat thread says so to the engine meanwhile, and ends the process when the engine is gone.
+"""
+
+import faulthandler
+import logging
+import os
+import platform
+import signal
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+from shoal.engine.messages import StepPlan
+from shoal.engine.rank_messages import (
+    TO_RANK,
+    Allocate,
+    Begin,
+    CacheReady,
+    Heartbeat,
+    Hello,
+    Loading,
+    LogLine,
+    Ping,
+    Profiled,
+    RankFailure,
+    Stop,
+    ToRank,
+)
+from shoal.launcher.bootstrap import RANK_BOOTSTRAP, RankBootstrap, versions
+from shoal.launcher.zygote import resolve
+from shoal.parallel.communicator import CollectiveError
+from shoal.parallel.control import Channel, ControlError
+from shoal.parallel.control_connect import connect
+from shoal.parallel.control_heartbeat import Heartbeat as HeartbeatThread
+
+IDLE_TIMEOUT_S = 60.0  # engines ping their ranks every few seconds
+PROGRESS_INTERVAL_S = 0.1
+MAX_LOG_CHARS = 4096
+
+
+def main(payload: bytes, supervisor_fd: int | None) -> None:
+    """Entry of a forked rank."""
+    raise SystemExit(run_rank(RANK_BOOTSTRAP.decode(payload)))
+
+
+def run_rank(bootstrap: RankBootstrap) -> int:
+    """Be a rank until the engine says stop (0), is gone, or something fails (1)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides when ranks end
+    faulthandler.enable()
+    start_timeout_s = bootstrap.model.config.launcher.start_timeout_s
+    channel = connect(bootstrap.address, bootstrap.key, TO_RANK, "the engine", min(30.0, start_timeout_s))
+    rank = _Rank(bootstrap, channel)
+    heart = HeartbeatThread(channel, rank.heartbeat, lambda: os._exit(1))
+    heart.start()
+    try:
+        rank.serve()
+        return 0
+    except ControlError as error:
+        print(f"rank {bootstrap.rank} ends: {error}", flush=True)
+        return 1
+    except Exception as error:  # noqa: BLE001 - told to the engine
+        rank.fail(error)
+        return 1
+    finally:
+        heart.stop()
+        rank.close()
+        channel.close()
+
+
+class _Rank:
+    """What the process holds and says."""
+
+    def __init__(self, bootstrap: RankBootstrap, channel: "Channel[ToRank]") -> None:
+        self._bootstrap, self._channel = bootstrap, channel
+        self._config = bootstrap.model.config
+        self._worker: Any = None
+        self._doing, self._since = "starting", time.monotonic()
+        self._next_progress = 0.0
+        self._serving = False
+
+    def heartbeat(self) -> Heartbeat:
+        """What to tell the engine now."""
+        return Heartbeat(rank=self._bootstrap.rank, doing=self._doing, for_s=time.monotonic() - self._since)
+
+    def serve(self) -> None:
+        """All of the rank's life. Raises what the worker raises, ControlError when the engine is gone."""
+        native = self._prepare()
+        limits = self._config.launcher
+        begin = self._channel.receive(limits.start_timeout_s)
+        if isinstance(begin, Stop):
+            return
+        assert isinstance(begin, Begin), f"the engine sent a {type(begin).__name__} before Begin"
+        self._load(begin.rendezvous, native)
+        while True:
+            self._now("waiting for a plan")
+            message = self._channel.receive(limits.step_timeout_s + IDLE_TIMEOUT_S)
+            match message:
+                case StepPlan():
+                    self._now(f"in step {message.step}")
+                    result = self._worker.run(message)
+                    if result is not None:
+                        self._channel.send(result, limits.step_timeout_s)
+                case Allocate():
+                    self._now("allocating the cache")
+                    self._worker.allocate_cache(message.num_blocks)
+                    self._channel.send(CacheReady(rank=self._bootstrap.rank))
+                    self._serving = True
+                case Ping():
+                    pass
+                case Stop():
+                    return
+
+    def _prepare(self) -> Any:
+        """Set threads, device and logging; introduce the rank. Returns the C kernels, None where there are none."""
+        import torch
+
+        from shoal.kernels.build import load_native
+
+        boot = self._bootstrap
+        handler = _ToEngine(self._channel, boot.rank)
+        logging.basicConfig(level=self._config.runtime.log_level.upper(), handlers=[handler], force=True)
+        logging.captureWarnings(True)
+        torch.set_num_threads(boot.threads)
+        torch.set_num_interop_threads(1)
+        native = None
+        if boot.device == "cpu":
+            self._now("loading the C kernels")
+            native = load_native(self._config.runtime.native)
+        else:
+            torch.cuda.set_device(boot.device)
+        self._channel.send(
+            Hello(
+                rank=boot.rank,
+                pid=os.getpid(),
+                host=platform.node(),
+                versions=versions(),
+                config=boot.config_fingerprint,
+                native="" if native is None else native.fingerprint,
+            )
+        )
+        self._now("waiting for the other ranks")
+        return native
+
+    def _load(self, rendezvous: str, native: Any) -> None:
+        """Join the other ranks, load, measure, report."""
+        import torch
+
+        boot, config = self._bootstrap, self._config
+        make_worker = resolve(boot.model.worker)
+        from shoal.parallel.mesh import make_mesh
+
+        self._now(f"joining the other ranks ({config.runtime.collectives})")
+        mesh = make_mesh(
+            config.runtime.collectives,
+            boot.rank,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            rendezvous,
+            config.launcher.step_timeout_s,
+            config.runtime.deterministic,
+            native,
+        )
+        model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)
+        self._worker = make_worker(
+            config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device), native
+        )
+        self._now("loading weights")
+        self._worker.load(self._progress)
+        self._now("running the profiling step")
+        self._channel.send(Profiled(report=self._worker.profile()))
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_progress or done >= total:
+            self._next_progress = now + PROGRESS_INTERVAL_S
+            self._channel.try_send(Loading(rank=self._bootstrap.rank, done=done, total=total))
+
+    def _now(self, doing: str) -> None:
+        self._doing, self._since = doing, time.monotonic()
+
+    def fail(self, error: Exception) -> None:
+        """Tell the engine why this rank ends, and the log in case the engine cannot be told."""
+        detail = "".join(traceback.format_exception(error))
+        print(detail, flush=True)
+        kind: Literal["error", "consequence", "refusal"] = "error"
+        cause = f"{type(error).__name__} while {self._doing}: {error}"
+        if isinstance(error, CollectiveError):
+            kind = "consequence"
+        elif isinstance(error, ValueError) and not self._serving:
+            kind, cause = "refusal", str(error)
+        failure = RankFailure(rank=self._bootstrap.rank, cause=cause, detail=detail, kind=kind)
+        try:
+            self._channel.send(failure, timeout_s=2.0)
+        except ControlError:
+            pass  # it is gone, and the log has it
+
+    def close(self) -> None:
+        """Give back memory and groups; what goes wrong here must not hide an earlier error."""
+        if self._worker is not None:
+            try:
+                self._worker.close()
+            except Exception:  # noqa: BLE001 - the process ends now
+                traceback.print_exc()
+
+
+class _ToEngine(logging.Handler):
+    """Sends log records to the engine, as many as it takes."""
+
+    def __init__(self, channel: Channel, rank: int) -> None:
+        super().__init__()
+        self._channel, self._rank = channel, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
+        try:
+            text = self.format(record)[:MAX_LOG_CHARS]
+            self._channel.try_send(LogLine(rank=self._rank, level=record.levelno, text=text))
+        except ControlError:
+            pass  # the main thread will notice

@@ -1,0 +1,240 @@
+"""ReplicaClient: an EngineClient over the control channel to a replica's engine process. No torch.
+
+One task reads: deltas go to their streams, answers to whoever asked. When the engine fails or is gone every stream gets
+a last delta with finish_reason "error" that names the cause.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from shoal.engine.client import EngineClient, EngineError, QueueFull
+from shoal.engine.executor import ExecutorFailed
+from shoal.engine.messages import (
+    Abort,
+    Drain,
+    Drained,
+    EngineStats,
+    Failure,
+    OutputDelta,
+    Request,
+    StatsQuery,
+    Submit,
+)
+from shoal.launcher.replica_messages import FromEngine, LogText, Outputs, Rejected, Shutdown
+from shoal.parallel.control import ControlError, ControlTimeout
+from shoal.parallel.control_async import AsyncChannel
+
+SILENCE_S = 10.0
+MAX_SILENCES = 3  # of SILENCE_S in a row, then the engine counts as hung: it beats every second
+DRAIN_SLACK_S = 30.0
+
+logger = logging.getLogger("shoal")
+
+T = TypeVar("T")
+
+
+def failure_text(failure: Failure, where: str = "") -> str:
+    """A failure in words, first cause first."""
+    return where + str(ExecutorFailed(failure.cause, failure.rank, failure.detail))
+
+
+class _Stream:
+    """A request's deltas on their way; an exception ends it."""
+
+    __slots__ = ("items", "next_start")
+
+    def __init__(self, request: Request) -> None:
+        self.items: asyncio.Queue[OutputDelta | Exception] = asyncio.Queue()
+        self.next_start = len(request.emitted_token_ids)
+
+
+class ReplicaClient(EngineClient):
+    """Talks to one engine process. Used from one event loop, the one that made it."""
+
+    def __init__(
+        self,
+        channel: "AsyncChannel[FromEngine]",
+        *,
+        where: str,
+        explain: Callable[[], Awaitable[str]],
+        stop: Callable[[], Awaitable[None]],
+    ) -> None:
+        """where: put before errors ("replica 1: ", or nothing). explain: how the engine process ended, in words; called
+        when the channel closes without a Failure. stop: ends the replica's processes (`close` calls it).
+        """
+        self._channel, self._where, self._explain, self._stop = channel, where, explain, stop
+        self._streams: dict[str, _Stream] = {}
+        self._stats: deque[asyncio.Future[EngineStats]] = deque()
+        self._drains: deque[asyncio.Future[list[str]]] = deque()
+        self._failure: EngineError | None = None
+        self._closing = False
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    @property
+    def failure(self) -> EngineError | None:
+        """The first cause when the replica cannot serve any more."""
+        return self._failure
+
+    async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
+        """Accept a request and stream its deltas; see EngineClient."""
+        self._check()
+        if request.request_id in self._streams:
+            raise ValueError(f"request_id {request.request_id!r} is already in use: wait for its end or choose another")
+        stream = self._streams[request.request_id] = _Stream(request)
+        finished = False
+        try:
+            await self._send(Submit(request=request))
+            while not finished:
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            if self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
+            if not finished and self._failure is None and not self._closing:
+                self._channel.post(Abort(request_ids=[request.request_id]))
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """End requests; unknown or finished ids are no error."""
+        if self._failure is None:
+            await self._send(Abort(request_ids=request_ids))
+
+    async def stats(self) -> list[EngineStats]:
+        """One entry. Raises EngineError when the replica has failed."""
+        self._check()
+        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats.append(answer)
+        await self._send(StatsQuery())
+        return [await answer]
+
+    async def health(self) -> None:
+        """Raises EngineError with the first cause when the replica cannot serve."""
+        self._check()
+
+    async def drain(self, timeout_s: float) -> list[str]:
+        """Refuse new requests, wait for the running ones; returns the ids that did not finish in time."""
+        self._check()
+        answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._drains.append(answer)
+        await self._send(Drain(timeout_s=timeout_s))
+        return await asyncio.wait_for(answer, timeout_s + DRAIN_SLACK_S)
+
+    async def close(self) -> None:
+        """Stop the replica. Idempotent."""
+        self._closing = True
+        await self._stop()
+
+    async def shut_down(self, timeout_s: float) -> None:
+        """Ask the engine to end and wait until it hangs up, at most timeout_s; what still runs ends with an error."""
+        self._closing = True
+        if self._failure is None:
+            try:
+                self._channel.post(Shutdown())
+            except ControlError:
+                pass  # gone already
+            await asyncio.wait([self._reader], timeout=timeout_s)
+        self._fail(EngineError(f"{self._where}the engine was closed"))
+        self._reader.cancel()
+        self._channel.close()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise EngineError(str(self._failure)) from self._failure
+        if self._closing:
+            raise EngineError(f"{self._where}the engine was closed")
+
+    async def _send(self, message: Submit | Abort | StatsQuery | Drain) -> None:
+        try:
+            await self._channel.send(message)
+        except ControlError as error:
+            await asyncio.wait([self._reader], timeout=5.0)  # it finds out why
+            self._check()
+            raise EngineError(f"{self._where}the engine process cannot be reached: {error}") from error
+
+    async def _read(self) -> None:
+        """Take messages until the end, whatever it is, and tell everybody who waits."""
+        silences = 0
+        try:
+            while self._failure is None:
+                try:
+                    message = await self._channel.receive(SILENCE_S)
+                except ControlTimeout:
+                    silences += 1
+                    if silences < MAX_SILENCES:
+                        continue
+                    raise
+                silences = 0
+                self._take(message)
+        except ControlError as error:
+            how = "the engine was closed" if self._closing else await self._explain() or f"the engine is gone: {error}"
+            self._fail(EngineError(self._where + how))
+        except Exception as error:  # noqa: BLE001 - no stream may end in silence
+            self._fail(EngineError(f"{self._where}reading from the engine failed: {type(error).__name__}: {error}"))
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Outputs():
+                for delta in message.deltas:
+                    self._pass_on(delta)
+            case Rejected():
+                stream = self._streams.get(message.request_id)
+                if stream is not None:
+                    stream.items.put_nowait(_rejection(message))
+            case EngineStats():
+                _answer(self._stats, message)
+            case Drained():
+                _answer(self._drains, message.unfinished)
+            case LogText():
+                logger.log(message.level, "%s%s", self._where, message.text)
+            case Failure():
+                self._fail(EngineError(failure_text(message, self._where)))
+
+    def _pass_on(self, delta: OutputDelta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is not None:
+            stream.next_start = max(stream.next_start, delta.start + len(delta.token_ids))
+            stream.items.put_nowait(delta)
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+
+    def _fail(self, error: EngineError) -> None:
+        """End every stream and answer with the first cause."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        for request_id, stream in self._streams.items():
+            last = OutputDelta(
+                request_id=request_id,
+                start=stream.next_start,
+                token_ids=[],
+                finish_reason="error",
+                error=str(error),
+            )
+            stream.items.put_nowait(last)
+        self._streams.clear()
+        waiting: list[asyncio.Future] = [*self._stats, *self._drains]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._stats.clear()
+        self._drains.clear()
+
+
+def _answer(waiting: "deque[asyncio.Future[T]]", value: T) -> None:
+    future = waiting.popleft()
+    if not future.done():
+        future.set_result(value)
+
+
+def _rejection(message: Rejected) -> Exception:
+    if message.kind == "value":
+        return ValueError(message.text)
+    if message.kind == "full":
+        return QueueFull(message.text, message.retry_after_s)
+    return EngineError(message.text)

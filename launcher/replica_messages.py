@@ -1,0 +1,88 @@
+"""What a front end and the engine process of a replica say to each other, besides the engine's own messages. No torch.
+
+front end -> engine: Submit, Abort, Drain, StatsQuery, Shutdown engine -> front end: Listening, Starting, Ready or
+Refused; then Outputs, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
+"""
+
+from typing import Literal
+
+import msgspec
+
+from shoal.engine.executor import Capacity
+from shoal.engine.messages import (
+    Abort,
+    Drain,
+    Drained,
+    EngineStats,
+    Failure,
+    Message,
+    OutputDelta,
+    StatsQuery,
+    Submit,
+)
+
+
+class Listening(Message, frozen=True, kw_only=True):
+    """Ranks of this replica may connect here."""
+
+    address: str
+
+
+class Starting(Message, frozen=True, kw_only=True):
+    """How far the start is: what is being done, and, while weights are read, bytes of all ranks together."""
+
+    doing: str
+    done: int = 0
+    total: int = 0
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The replica takes requests. report: its memory table, as text."""
+
+    capacity: Capacity
+    report: str
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The settings or the checkpoint do not allow a start: a ValueError for the user. The engine ends."""
+
+    text: str
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """What one step gave."""
+
+    deltas: list[OutputDelta]
+
+
+class Rejected(Message, frozen=True, kw_only=True):
+    """A request that was not accepted. kind: the error to raise: ValueError, QueueFull or EngineError."""
+
+    request_id: str
+    kind: Literal["value", "full", "engine"]
+    text: str
+    retry_after_s: float = 0.0
+
+
+class Beat(Message, frozen=True, kw_only=True):
+    """The engine process lives."""
+
+
+class LogText(Message, frozen=True, kw_only=True):
+    """A log record of the engine or of a rank. level: of the logging module."""
+
+    level: int
+    text: str
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """End the ranks, then the engine process."""
+
+
+FromEngine = (
+    Listening | Starting | Ready | Refused | Outputs | Rejected | Drained | EngineStats | Beat | LogText | Failure
+)
+ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown
+
+FROM_ENGINE: "msgspec.msgpack.Decoder[FromEngine]" = msgspec.msgpack.Decoder(FromEngine)
+TO_ENGINE: "msgspec.msgpack.Decoder[ToEngine]" = msgspec.msgpack.Decoder(ToEngine)
