@@ -1,0 +1,1 @@
+"""Tests of the front end: tokenizers, templates, text, requests and outputs."""
