@@ -41,13 +41,8 @@ def llama(**more: Any) -> transformers.PreTrainedConfig:
 
 
 def longrope() -> dict[str, Any]:
-    """LongRoPE for a rotary dimension of 8, original length 64."""
-    return rope(
-        "longrope",
-        partial_rotary_factor=0.5,
-        short_factor=[1.0, 1.1, 1.3, 1.7],
-        long_factor=[1.0, 1.9, 3.1, 6.0],
-    )
+    """LongRoPE for a rotary dimension of 6 of 8."""
+    return rope("longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.7], long_factor=[1.0, 1.9, 6.0])
 
 
 LLAMA3 = rope(
@@ -88,9 +83,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
     "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=13),
     "phi3_longrope": lambda: transformers.Phi3Config(
-        **{**SIZES, "num_attention_heads": 3, "num_key_value_heads": 3},
-        rope_parameters=longrope(),
-        original_max_position_embeddings=64,
+        **SIZES, rope_parameters=longrope(), original_max_position_embeddings=64
     ),
     "gemma2": lambda: transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=20.0, final_logit_softcapping=15.0),
     "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA, sliding_window_pattern=3),
