@@ -18,9 +18,10 @@ from shoal.engine.batch_state import BatchState, SequenceState
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan
 from shoal.engine.sampler import Sampler, logprobs_of
-from shoal.kernels.build import NativeLibrary
-from shoal.model.checkpoint import load_weights
+from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
+from shoal.model.dummy import dummy_parameters
+from shoal.model.families import load_spec
 from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.ledger import MemoryReport
@@ -44,10 +45,9 @@ class Worker:
         mesh: Mesh,
         model_dir: Path | None,
         device: torch.device,
-        native: NativeLibrary | None,
     ) -> None:
         self.config, self.spec, self.shard, self.mesh = config, spec, shard, mesh
-        self.model_dir, self.device, self.native = model_dir, device, native
+        self.model_dir, self.device = model_dir, device
         self.dtype = getattr(torch, config.model.dtype)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.state = self.new_state()
@@ -61,9 +61,15 @@ class Worker:
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
         and tensor."""
-        weights = load_weights(
-            self.model_dir, self.config, self.spec, self.shard, self.dtype, self.device, on_progress=on_progress
-        )
+        if self.config.model.load_format == "dummy":
+            weights = dummy_parameters(self.spec, self.shard, self.dtype, self.device, self.config.runtime.seed or 0)
+        else:
+            assert self.model_dir is not None, "only dummy weights need no checkpoint"
+            _, family = load_spec(self.model_dir)
+            with Checkpoint(self.model_dir) as checkpoint:
+                weights = load_parameters(
+                    checkpoint, family, self.spec, self.shard, self.dtype, self.device, on_progress
+                )
         self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
         self.stage = Stage(
             self.spec,
@@ -71,7 +77,7 @@ class Worker:
             weights,
             self.mesh.tensor,
             deterministic=self.config.runtime.deterministic,
-            native=self.native,
+            max_model_len=self.config.model.max_model_len,
         )
 
     def profile(self) -> MemoryReport:

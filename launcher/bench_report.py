@@ -6,6 +6,7 @@ two FLOP per weight it touches.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def make_report(
     output = sum(len(trace.token_times) for trace in traces)
     prompt = sum(trace.prompt_len for trace in traces)
     cached = sum(trace.num_cached_tokens for trace in traces)
-    gaps = [b - a for trace in traces for a, b in zip(trace.token_times, trace.token_times[1:], strict=False)]
+    gaps = [b - a for trace in traces for a, b in pairwise(trace.token_times)]
     tpot = [
         (trace.token_times[-1] - trace.token_times[0]) / (len(trace.token_times) - 1)
         for trace in traces
@@ -134,9 +135,7 @@ def plot_report(report: BenchReport, traces: Sequence[Trace], path: Path) -> Non
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = sorted(1e3 * (trace.token_times[0] - trace.sent) for trace in traces if trace.token_times)
-    gaps = sorted(
-        1e3 * (b - a) for trace in traces for a, b in zip(trace.token_times, trace.token_times[1:], strict=False)
-    )
+    gaps = sorted(1e3 * (b - a) for trace in traces for a, b in pairwise(trace.token_times))
     for axes, values, name in ((left, first, "TTFT"), (right, gaps, "ITL")):
         axes.plot(values, [(index + 1) / len(values) for index in range(len(values))], drawstyle="steps-post")
         axes.set(xlabel=f"{name} (ms)", ylabel="share of samples", ylim=(0, 1.02), title=name)

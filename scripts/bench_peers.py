@@ -35,14 +35,11 @@ import torch
 from shoal.configs.model_path import resolve_model_path
 from shoal.launcher.machine import MachineLimits, measure_limits
 
-SHAPES = {
-    "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-                 intermediate_size=704, vocab_size=4096),
-    "200m": dict(hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=8,
-                 intermediate_size=2816, vocab_size=32000),
-    "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-               intermediate_size=8192, vocab_size=32000),
-}  # fmt: skip
+SHAPES = {  # hidden size, layers, query heads, key/value heads, feed-forward, vocabulary
+    "tiny": (256, 4, 8, 4, 704, 4096),
+    "200m": (1024, 12, 16, 8, 2816, 32000),
+    "1b": (2048, 16, 32, 8, 8192, 32000),
+}
 REPLY_TIMEOUT_S = 1800.0
 ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
 
@@ -101,7 +98,17 @@ def make_model(shape: str, folder: Path, dtype: str) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
+    hidden, layers, heads, kv_heads, ffn, vocab = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

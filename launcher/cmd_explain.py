@@ -1,0 +1,137 @@
+"""`shoal explain MODEL`: what would run, before anything runs. Starts no process and reads no weights.
+
+Shows every setting that was set and where it came from (all of them with --all), which rank holds which layers, heads,
+columns, experts and vocabulary rows, and the ledger of memory per rank with the largest context x concurrency. Weights
+are exact; activations are estimated, since only a running rank can measure them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shoal.configs.host import available_host_bytes
+from shoal.configs.model_path import resolve_model_path
+from shoal.configs.resolved import DEFAULT, ResolvedConfig
+from shoal.configs.schema import ShoalConfig
+from shoal.launcher.explain_layout import LAYOUT_COLUMNS, RankShare, layout_notes, layout_table, rank_shares
+from shoal.launcher.tables import text_table
+from shoal.model.families import load_spec
+from shoal.model.ledger import CachePlan, MemoryReport, plan_cache
+from shoal.model.ledger_table import format_ledger
+from shoal.model.memory_estimate import estimate_reports
+from shoal.model.shard import ModelShard, shard_model
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is explained. problem: why the cache cannot be sized, with the number to change; plan is None then."""
+
+    model: str
+    family: str
+    dtype: str
+    device: str
+    max_model_len: int
+    settings: list[tuple[str, Any, str]]
+    ranks: list[RankShare]
+    reports: list[MemoryReport]
+    plan: CachePlan | None
+    problem: str | None
+
+
+def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
+    """Print the explanation. Returns 0, or 2 when the model would not fit."""
+    path = resolved.config.model.path
+    assert path is not None, "the command line has made sure of a model"
+    folder = resolve_model_path(path, resolved.config.model.revision)
+    found = explain(resolved.with_generation_config(folder), folder)
+    if args.json:
+        sys.stdout.write(json.dumps(msgspec.to_builtins(found), indent=1) + "\n")
+    else:
+        shards = shard_model(load_spec(folder)[0], resolved.config.parallel)
+        sys.stdout.write(show(found, resolved.config, shards, everything=args.all))
+    return 0 if found.problem is None else 2
+
+
+def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
+    """Work everything out from config.json. Raises ValueError when the model cannot be divided as asked."""
+    config = resolved.config
+    spec, _ = load_spec(folder)
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    device, available, per_device = device_memory(config)
+    max_model_len = config.model.max_model_len or spec.max_position
+    shards = shard_model(spec, config.parallel)
+    reports = estimate_reports(
+        spec,
+        shards,
+        config,
+        itemsize=ITEMSIZE[dtype],
+        available_bytes=available,
+        ranks_per_device=per_device,
+    )
+    plan, problem = None, None
+    try:
+        plan = plan_cache(
+            reports,
+            spec.cache_windows,
+            config,
+            max_model_len=max_model_len,
+            device_type=device,
+            ranks_per_device=per_device,
+        )
+    except ValueError as error:
+        problem = str(error)
+    return Explanation(
+        model=str(config.model.path),
+        family=spec.family,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        settings=[tuple(setting) for setting in resolved.settings()],
+        ranks=rank_shares(spec, shards),
+        reports=reports,
+        plan=plan,
+        problem=problem,
+    )
+
+
+def device_memory(config: ShoalConfig) -> tuple[str, int, int]:
+    """Type of the devices, bytes an idle one can give, and ranks of all replicas that share one."""
+    if config.runtime.device != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+            return "cuda", free, -(-config.world_size // torch.cuda.device_count())
+    return "cpu", available_host_bytes(), config.world_size
+
+
+def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, everything: bool) -> str:
+    """The explanation as text: settings, layout, memory."""
+    layout = config.parallel
+    shown = [row for row in found.settings if everything or row[2] != DEFAULT]
+    parts = [
+        f"{found.model}: {found.family}, {found.dtype} on {found.device}, context {found.max_model_len}; "
+        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} ranks",
+        "Settings" + ("" if everything else " (those that were set; --all shows every one)"),
+        text_table(("key", "value", "from"), [(key, show_value(value), source) for key, value, source in shown])
+        if shown
+        else "all have their defaults",
+        "Who holds what" + (f" (each of {layout.data} replicas)" if layout.data > 1 else ""),
+        text_table(LAYOUT_COLUMNS, layout_table(found.ranks)),
+        "\n".join(layout_notes(found.ranks)),
+        "Memory (activations are estimated; starting measures them)",
+    ]
+    parts.append(format_ledger(found.reports, shards, config.cache.reserve, found.plan))
+    if found.problem is not None:
+        parts.append(f"does not fit: {found.problem}")
+    return "\n\n".join(parts) + "\n"
+
+
+def show_value(value: Any) -> str:
+    """A setting's value as YAML people write it."""
+    return json.dumps(value) if not isinstance(value, str) else value

@@ -1,0 +1,87 @@
+"""`shoal explain` tells what would run, exactly, and starts nothing."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def explain(*args: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "shoal", "explain", "demo", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def explained(*args: str) -> dict[str, Any]:
+    done = explain("--json", *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def covers(ranges: list[list[int]], size: int) -> bool:
+    """Whether half-open ranges tile [0, size) in order."""
+    stops = [0, *(stop for _, stop in ranges)]
+    return all(start == before for before, (start, _) in zip(stops, ranges, strict=False)) and stops[-1] == size
+
+
+def test_every_layer_head_column_and_row_is_held_once() -> None:
+    found = explained("-tp", "3", "-pp", "2")
+    with open("shoal/demo/config.json") as file:
+        config = json.load(file)
+    first = [rank for rank in found["ranks"] if rank["pp_rank"] == 0]
+    assert len(found["ranks"]) == 6
+    assert covers([rank["heads"][0] for rank in first], config["num_attention_heads"])
+    assert covers([rank["columns"][0] for rank in first], config["intermediate_size"])
+    assert covers([rank["vocab"] for rank in first], config["vocab_size"])
+    assert covers([rank["layers"] for rank in found["ranks"] if rank["tp_rank"] == 0], config["num_hidden_layers"])
+    assert [rank["embedding"] for rank in found["ranks"]] == [True] * 3 + [False] * 3
+
+
+def test_one_rank_holds_exactly_the_checkpoints_weights() -> None:
+    import torch
+
+    from shoal.configs.model_path import resolve_model_path
+    from shoal.model.checkpoint import Checkpoint, load_parameters
+    from shoal.model.families import load_spec
+    from shoal.model.shard import shard_model
+
+    found = explained("--dtype", "float32", "-tp", "2")
+    folder = resolve_model_path("demo")
+    spec, family = load_spec(folder)
+    from shoal.configs.schema import ParallelConfig
+
+    with Checkpoint(folder) as checkpoint:
+        for report, shard in zip(found["reports"], shard_model(spec, ParallelConfig(tensor=2)), strict=True):
+            weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
+            assert report["weights_bytes"] == sum(tensor.numel() * 4 for tensor in weights.values())
+
+
+def test_the_source_of_every_setting_is_named() -> None:
+    found = explained("--config", "tp2_pp2", "--set", "cache.block_size=32", "--temperature", "0.5")
+    sources = {key: source for key, _, source in found["settings"]}
+    assert sources["parallel.tensor"].startswith("tp2_pp2.yaml:")
+    assert sources["cache.block_size"] == sources["sampling.temperature"] == "command line"
+    assert sources["cache.num_blocks"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-tp", "99"], "parallel.tensor"),
+        (["-pp", "99"], "parallel.pipeline"),
+        (["--kv-cache-memory-bytes", "64KiB"], "lower model.max_model_len to"),
+        (["--max-model-len", "100000"], "max_model_len"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_number_to_change(args: list[str], message: str) -> None:
+    done = explain(*args)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_text_shows_layout_and_ledger() -> None:
+    text = explain("-tp", "2").stdout
+    assert "Who holds what" in text
+    assert "largest context x concurrency" in text
