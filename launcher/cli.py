@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from shoal.configs.checks import is_torchrun
 from shoal.configs.loader import load_config
 from shoal.configs.problems import ConfigError, suggest
 from shoal.configs.resolved import ResolvedConfig
@@ -72,12 +73,14 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except UsageError as error:
-        show_failure("usage", str(error), error.usage)
+        if _shows_usage():
+            show_failure("usage", str(error), error.usage)
         return EXIT_USAGE
     except ConfigError as error:
         count = len(error.problems)
         title = "configuration" if count == 1 else f"configuration: {count} problems"
-        show_failure(title, str(error))
+        if _shows_usage():
+            show_failure(title, str(error))
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("\nshoal: interrupted", file=sys.stderr)
@@ -156,6 +159,11 @@ def _command_parser(command: Command) -> Parser:
         add_model(parser)
     add_settings(parser, command.sections, command.sampling, command.defaults)
     return parser
+
+
+def _shows_usage() -> bool:
+    """Whether this process tells of mistakes every rank sees alike: under torchrun the first one does."""
+    return not is_torchrun(os.environ) or os.environ["RANK"] == "0"
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:

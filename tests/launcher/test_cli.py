@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shoal.configs.checks import TORCHRUN_VARIABLES
 from shoal.configs.resolved import ResolvedConfig
 from shoal.engine.client import EngineError
 from shoal.launcher.cli import main
@@ -135,6 +136,18 @@ def test_all_configuration_errors_stand_in_one_panel(
 ) -> None:
     text = refused(capsys, "explain", "demo", "--block-size", "0", "--dtype", "x", "--max-num-seqs", "-1")
     assert text.splitlines()[0] == "shoal: configuration: 3 problems" and len(text.splitlines()) == 4
+
+
+def test_under_torchrun_only_the_first_rank_tells_of_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["generate", "demo", "-p", "x", "-tp", "2"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun started 1 processes" in refused(capsys, "generate", "demo", "-p", "x", "-tp", "2")
 
 
 def failing(error: BaseException) -> Run:
