@@ -8,6 +8,7 @@ for up to 32 KiB. Waiting spins briefly, then yields, then sleeps.
 """
 
 import ctypes
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -15,23 +16,27 @@ from collections.abc import Sequence
 import torch
 
 from shoal.kernels.build import NativeLibrary
+from shoal.parallel.agreement import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    BARRIER,
+    BROADCAST,
+    CODES,
+    HEADER,
+    MAX_DIMS,
+    OPERATIONS,
+    RECV,
+    SEND,
+    SUMMABLE,
+    describe_disagreement,
+    describe_header,
+    gathered_shape,
+    pack_header,
+)
 from shoal.parallel.communicator import CollectiveError, Communicator
-from shoal.parallel.shm_segment import MAX_RANKS, MEMBERS_AT, SharedSegment
+from shoal.parallel.shm_segment import MAX_RANKS, MEMBER_BYTES, MEMBERS_AT, SharedSegment
 
-ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER, SEND, RECV = range(1, 7)
-OPERATIONS = {
-    ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather", BROADCAST: "broadcast", BARRIER: "barrier", SEND: "send",
-    RECV: "recv"
-}  # fmt: skip
 TIMEOUT, DEAD, ABORTED, MISMATCH = 1, 2, 3, 4
-DTYPES = (
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.int8,
-    torch.int16, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
-CODES = {dtype: code for code, dtype in enumerate(DTYPES, 1)}
-NUM_SUMMABLE = 6
-MAX_DIMS = 12
-HEADER = struct.Struct("<4I2q12q")
 SPINS = 2000  # at most: about 100 us of pause instructions; adapted to whether it helps
 YIELDS = 5
 
@@ -41,16 +46,31 @@ _handle, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 class _Group(ctypes.Structure):
     """Mirror of shoal_group in kernels/native/shm.h."""
 
-    _fields_ = [
-        ("segment", ctypes.c_void_p), ("base", ctypes.c_void_p),
-        ("slot_bytes", _long), ("ring_bytes", _long),
-        ("timeout_s", ctypes.c_double), ("deadline_s", ctypes.c_double),
-        ("fd", _int), ("rank", _int), ("size", _int), ("index", _int), ("most_spins", _int), ("spin", _int),
-        ("yields", _int), ("unused", _int), ("ranks", _int * MAX_RANKS), ("syncs", ctypes.c_uint32), ("ops",
-        ctypes.c_uint32), ("chunks", ctypes.c_uint32), ("sent", ctypes.c_uint32 * MAX_RANKS), ("received",
-        ctypes.c_uint32 * MAX_RANKS), ("missing", ctypes.c_uint64), ("dead", ctypes.c_uint64), ("theirs",
-        ctypes.c_char * HEADER.size),
-    ]  # fmt: skip
+    _fields_ = (
+        ("segment", _handle),
+        ("base", _handle),
+        ("slot_bytes", _long),
+        ("ring_bytes", _long),
+        ("timeout_s", ctypes.c_double),
+        ("deadline_s", ctypes.c_double),
+        ("fd", _int),
+        ("rank", _int),
+        ("size", _int),
+        ("index", _int),
+        ("most_spins", _int),
+        ("spin", _int),
+        ("yields", _int),
+        ("unused", _int),
+        ("ranks", _int * MAX_RANKS),
+        ("syncs", ctypes.c_uint32),
+        ("ops", ctypes.c_uint32),
+        ("chunks", ctypes.c_uint32),
+        ("sent", ctypes.c_uint32 * MAX_RANKS),
+        ("received", ctypes.c_uint32 * MAX_RANKS),
+        ("missing", ctypes.c_uint64),
+        ("dead", ctypes.c_uint64),
+        ("theirs", ctypes.c_char * HEADER.size),
+    )
 
 
 class ShmCommunicator(Communicator):
@@ -67,14 +87,22 @@ class ShmCommunicator(Communicator):
         self._broken: str | None = None
         crowded = segment.world_size > len(os.sched_getaffinity(0))
         self._group = _Group(
-            segment=segment.address, base=segment.address + layout.offset, slot_bytes=layout.slot_bytes,
-            ring_bytes=layout.ring_bytes, timeout_s=timeout_s, fd=segment.fd, rank=self.rank, size=self.size,
-            index=group_index, most_spins=0 if crowded else SPINS, spin=0, yields=YIELDS, ranks=(_int *
-            MAX_RANKS)(*spec.ranks),
-        )  # fmt: skip
+            segment=segment.address,
+            base=segment.address + layout.offset,
+            slot_bytes=layout.slot_bytes,
+            ring_bytes=layout.ring_bytes,
+            timeout_s=timeout_s,
+            fd=segment.fd,
+            rank=self.rank,
+            size=self.size,
+            index=group_index,
+            most_spins=0 if crowded else SPINS,
+            yields=YIELDS,
+            ranks=(_int * MAX_RANKS)(*spec.ranks),
+        )
         self._at = ctypes.addressof(self._group)
-        self._header = ctypes.create_string_buffer(HEADER.size)
-        self._header_at = ctypes.addressof(self._header)
+        self._header = bytearray(HEADER.size)
+        self._header_at = ctypes.addressof((ctypes.c_char * HEADER.size).from_buffer(self._header))
         assert native.function("shoal_shm_group_bytes", (), _long)() == ctypes.sizeof(_Group)
         head = (_handle, _handle)
         self._all_reduce = native.function("shoal_shm_all_reduce", (*head, _handle), _int)
@@ -89,34 +117,25 @@ class ShmCommunicator(Communicator):
         int32/64.
         """
         code = self._check(ALL_REDUCE, tensor)
-        if code > NUM_SUMMABLE:
+        if code > len(SUMMABLE):
             raise CollectiveError(
                 f"{self._where(ALL_REDUCE)}: cannot sum {tensor.dtype}; sum float or int32/int64 tensors"
             )
-        self._describe(ALL_REDUCE, code, 0, tensor.numel(), 0, tensor.shape)
+        pack_header(self._header, ALL_REDUCE, 0, code, 0, tensor.numel(), 0, tensor.shape)
         self._done(ALL_REDUCE, self._all_reduce(self._at, self._header_at, tensor.data_ptr()))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, sizes: Sequence[int], dim: int = -1) -> torch.Tensor:
         """Concatenate along dim, in rank order, into a new contiguous tensor. sizes[r]: rank r's extent there."""
         code = self._check(ALL_GATHER, tensor)
-        dim = dim % max(1, tensor.dim())
-        shape = list(tensor.shape)
-        if len(sizes) != self.size or not shape or shape[dim] != sizes[self.rank]:
-            raise CollectiveError(
-                f"{self._where(ALL_GATHER)}: tensor {shape} along dim {dim} does not fit sizes {list(sizes)} "
-                f"of {self.size} ranks"
-            )
-        inner = tensor.element_size()
-        for extent in shape[dim + 1 :]:
-            inner *= extent
-        outer = 1
-        for extent in shape[:dim]:
-            outer *= extent
-        shape[dim] = sum(sizes)
+        try:
+            dim, shape = gathered_shape(tensor.shape, sizes, dim, self.rank, self.size)
+        except ValueError as error:
+            raise CollectiveError(f"{self._where(ALL_GATHER)}: {error}") from None
+        outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :]) * tensor.element_size()
         out = torch.empty(shape, dtype=tensor.dtype)
         rows = (_long * self.size)(*[size * inner for size in sizes])
-        self._describe(ALL_GATHER, code, dim, out.numel(), hash(tuple(sizes)), shape)
+        pack_header(self._header, ALL_GATHER, 0, code, dim, out.numel(), hash(tuple(sizes)), shape)
         status = self._all_gather(
             self._at, self._header_at, tensor.data_ptr(), out.data_ptr(), outer, ctypes.addressof(rows)
         )
@@ -126,20 +145,20 @@ class ShmCommunicator(Communicator):
     def broadcast(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
         """Copy rank root's tensor into everyone's, in place."""
         code = self._check(BROADCAST, tensor, root)
-        self._describe(BROADCAST, code, root, tensor.numel(), 0, tensor.shape)
+        pack_header(self._header, BROADCAST, 0, code, root, tensor.numel(), 0, tensor.shape)
         self._done(BROADCAST, self._broadcast(self._at, self._header_at, tensor.data_ptr(), tensor.nbytes))
         return tensor
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Put a tensor into the ring to rank `to`; waits only while the ring is full."""
         code = self._check(SEND, tensor, to, other=True)
-        self._describe(SEND, code, self.rank, tensor.numel(), to, tensor.shape)
+        pack_header(self._header, SEND, 0, code, self.rank, tensor.numel(), to, tensor.shape)
         self._done(SEND, self._send(self._at, self._header_at, tensor.data_ptr(), tensor.nbytes, to))
 
     def recv(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Fill tensor with the next one sent by `source`. A message of another shape or dtype is an error here."""
         code = self._check(RECV, tensor, source, other=True)
-        self._describe(SEND, code, source, tensor.numel(), self.rank, tensor.shape)
+        pack_header(self._header, SEND, 0, code, source, tensor.numel(), self.rank, tensor.shape)
         status = self._recv(self._at, self._header_at, tensor.data_ptr(), tensor.nbytes, source, RECV)
         self._done(RECV, status)
         return tensor
@@ -147,7 +166,7 @@ class ShmCommunicator(Communicator):
     def barrier(self) -> None:
         """Wait for every rank."""
         self._check(BARRIER, None)
-        self._describe(BARRIER, 0, 0, 0, 0, ())
+        pack_header(self._header, BARRIER, 0, 0, 0, 0, 0, ())
         self._done(BARRIER, self._barrier(self._at, self._header_at))
 
     def abort(self, reason: str) -> None:
@@ -176,10 +195,6 @@ class ShmCommunicator(Communicator):
             f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
         )
 
-    def _describe(self, op: int, code: int, root: int, numel: int, extra: int, shape: Sequence[int]) -> None:
-        padding = (-1,) * (MAX_DIMS - len(shape))
-        HEADER.pack_into(self._header, 0, op, 0, code, root, numel, extra, *shape, *padding)
-
     def _done(self, op: int, status: int) -> None:
         if status:
             self._broken = f"unusable after an earlier error ({OPERATIONS[op]})"
@@ -194,23 +209,21 @@ class ShmCommunicator(Communicator):
         if status == ABORTED:
             return str(self._segment.abort_reason())
         if status == MISMATCH:
-            return "the ranks do not agree: " + self._disagreement(op)
+            return self._disagreement(op)
         if status == DEAD:
             return f"{self._peers(group.dead)} has ended; not there: {self._peers(group.missing)}"
         return f"waited {self.timeout_s:g} s (launcher.step_timeout_s); not there: {self._peers(group.missing)}"
 
     def _disagreement(self, op: int) -> str:
-        mine = _meaning(self._header.raw)
         if op == RECV:
-            theirs = _meaning(ctypes.string_at(ctypes.addressof(self._group) + _Group.theirs.offset, HEADER.size))
-            return (
-                f"rank {self.rank} expected {mine}, rank {struct.unpack_from('<I', self._header, 12)[0]} sent {theirs}"
-            )
-        texts = []
-        for member in range(self.size):
-            at = self._group.base + MEMBERS_AT + 320 * member + 64 + HEADER.size * (self._group.ops & 1)
-            texts.append(f"rank {member}: {_meaning(ctypes.string_at(at, HEADER.size))}")
-        return "; ".join(texts)
+            theirs = ctypes.string_at(self._at + _Group.theirs.offset, HEADER.size)
+            sender = struct.unpack_from("<I", self._header, 12)[0]
+            mine = describe_header(bytes(self._header))
+            return f"rank {self.rank} expected {mine}, rank {sender} sent {describe_header(theirs)}"
+        first = self._group.base + MEMBERS_AT + MEMBER_BYTES - HEADER.size * (2 - (self._group.ops & 1))
+        return describe_disagreement(
+            [ctypes.string_at(first + MEMBER_BYTES * member, HEADER.size) for member in range(self.size)]
+        )
 
     def _peers(self, bits: int) -> str:
         return ", ".join(self._peer(member) for member in range(self.size) if bits >> member & 1) or "nobody"
@@ -226,16 +239,3 @@ class ShmCommunicator(Communicator):
         op, index, peer, number = doing
         other = f" with rank {peer}" if op in (SEND, RECV) else ""
         return text + f"last in {OPERATIONS[op]} #{number}{other} of group {self._segment.groups[index].name})"
-
-
-def _meaning(header: bytes) -> str:
-    """A header in words."""
-    op, seq, code, root, _, extra, *shape = HEADER.unpack(header)
-    dims = [extent for extent in shape if extent >= 0]
-    dtype = str(DTYPES[code - 1]).removeprefix("torch.") if code else ""
-    detail = {
-        ALL_GATHER: f" along dim {root} (sizes #{extra & 0xFFFF:04x})",
-        BROADCAST: f" from rank {root}",
-        SEND: f" from rank {root} to rank {extra}",
-    }.get(op, "")
-    return f"{OPERATIONS.get(op, op)} #{seq}" + (f" {dtype}{dims}{detail}" if code else "")

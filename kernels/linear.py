@@ -1,0 +1,83 @@
+"""y = x w^T + bias. With deterministic=True a row's result does not depend on the other rows, their number or its place
+among them: bit for bit, so a request's tokens do not depend on its batch.
+
+Deterministic paths: on a CPU the C kernel (one order of sums per element); without it, and on GPUs, torch's product over
+blocks of a fixed number of rows (the last one padded), whose algorithm then is always the same. Otherwise torch chooses.
+Types: float32, bfloat16, float16, accumulated in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER, takes_native
+
+_PROTOTYPE = (INT, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)
+BLOCK_ROWS = 16  # decode batches are small; more rows per block would be wasted on them
+GPU_BLOCK_ROWS = 64  # one tile of a tensor-core product
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The formula in float64. x: [..., inner]; weight: [columns, inner]; bias: [columns]. Returns float64."""
+    y = x.double() @ weight.double().t()
+    return y if bias is None else y + bias.double()
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool
+) -> torch.Tensor:
+    """x: [..., inner]; weight: [columns, inner]; bias: [columns] or None; one dtype and device. Returns [..., columns].
+
+    deterministic: see above. Raises ValueError when dtypes differ.
+    """
+    if not deterministic:
+        return F.linear(x, weight, bias)
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"linear needs one dtype; x is {x.dtype}, weight {weight.dtype}, bias {bias and bias.dtype}")
+    x_MK = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    library = native_library() if x.is_cpu else None
+    biases = () if bias is None else (bias,)
+    if library is not None and takes_native(x_MK, weight, *biases):
+        y_MN = _native(library, x_MK, weight, bias)
+    else:
+        y_MN = linear_row_blocks(x_MK, weight, bias, BLOCK_ROWS if x.is_cpu else GPU_BLOCK_ROWS)
+    return y_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+def _native(
+    library: NativeLibrary, x_MK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    assert x_MK.shape[1] == weight.shape[1], (x_MK.shape, weight.shape)
+    y_MN = torch.empty((x_MK.shape[0], weight.shape[0]), dtype=x_MK.dtype)
+    library.function("shoal_linear", _PROTOTYPE)(
+        DTYPE_CODES[x_MK.dtype],
+        x_MK.data_ptr(),
+        x_MK.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        None if bias is None else bias.data_ptr(),
+        y_MN.data_ptr(),
+        weight.shape[0],
+        *y_MN.shape,
+        weight.shape[1],
+        torch.get_num_threads(),
+    )
+    return y_MN
+
+
+def linear_row_blocks(
+    x_MK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block_rows: int
+) -> torch.Tensor:
+    """torch's product over blocks of exactly block_rows rows, the last padded with zeros: one shape, one algorithm.
+
+    x: [rows, inner]. Returns [rows, columns], contiguous.
+    """
+    rows, columns = x_MK.shape[0], weight.shape[0]
+    y_MN = torch.empty((-(-rows // block_rows) * block_rows, columns), dtype=x_MK.dtype, device=x_MK.device)
+    block_BK = torch.zeros((block_rows, x_MK.shape[1]), dtype=x_MK.dtype, device=x_MK.device)
+    for start in range(0, rows, block_rows):
+        part = x_MK[start : start + block_rows]
+        block_BK[: part.shape[0]] = part
+        block_BK[part.shape[0] :] = 0
+        y_MN[start : start + block_rows] = F.linear(block_BK, weight, bias)
+    return y_MN[:rows]

@@ -1,0 +1,58 @@
+"""The embedding and the head with the vocabulary sharded over the tensor group, in ranges of any sizes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from shoal.kernels.linear import linear
+from shoal.parallel.communicator import Communicator
+from shoal.parallel.sharding import Range
+
+
+class VocabEmbedding:
+    """Rows of the embedding sharded over the group: each rank looks up the ids of its range, one all-reduce joins them.
+
+    weight: [local_rows, hidden_size], rows vocab[0] to vocab[1] of the table. Exact: every sum has one term that is not
+    zero. Layout in: ids whole on every rank; out: whole on every rank.
+    """
+
+    def __init__(self, weight: torch.Tensor, vocab: Range, group: Communicator) -> None:
+        assert weight.shape[0] == vocab[1] - vocab[0], (weight.shape, vocab)
+        self.weight, self.vocab, self.group = weight, vocab, group
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: any shape, integers within the vocabulary. Returns [*ids.shape, hidden_size], a new tensor."""
+        if self.group.size == 1:
+            return torch.nn.functional.embedding(ids, self.weight)
+        start, stop = self.vocab
+        elsewhere = (ids < start) | (ids >= stop)
+        rows = torch.nn.functional.embedding((ids - start).masked_fill_(elsewhere, 0), self.weight)
+        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+class VocabHead:
+    """Logits with the vocabulary sharded over the group, one all-gather in it.
+
+    weight: [local_vocab, hidden_size] (it may be the embedding's); bias: [local_vocab] or None; ranges: every rank's
+    range of the vocabulary, in rank order. Layout in: hidden states whole on every rank; out: logits whole on every
+    rank.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ranges: Sequence[Range],
+        group: Communicator,
+        *,
+        deterministic: bool,
+    ) -> None:
+        self.weight, self.bias, self.group, self.deterministic = weight, bias, group, deterministic
+        self.sizes = [stop - start for start, stop in ranges]
+        assert len(ranges) == group.size and weight.shape[0] == self.sizes[group.rank], (weight.shape, ranges)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [rows, hidden_size]. Returns float32 logits [rows, vocab_size]."""
+        local = linear(hidden, self.weight, self.bias, deterministic=self.deterministic)
+        whole = local if self.group.size == 1 else self.group.all_gather(local, self.sizes)
+        return whole.float()
