@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from shoal.model.families.config import HfConfig
 from shoal.model.families.names import Names, Place, Source, locate
 from shoal.model.families.rope import context_length
@@ -75,10 +77,19 @@ def rms_norm(config: HfConfig, default_eps: float, unit_offset: bool = False) ->
 def decoder_spec(
     config: HfConfig, family: str, layers: list[Layer], final_norm: Norm | None, *, tied: bool, **more: Any
 ) -> DecoderSpec:
-    """The DecoderSpec around the layers. tied: the family's default of tie_word_embeddings; more: what differs."""
+    """The DecoderSpec around the layers. tied: the family's default of tie_word_embeddings; more: what differs.
+
+    A window as long as the context hides nothing: it becomes full attention, which shares a cache group.
+    """
     rope = next((layer.mixer.rope for layer in reversed(layers) if layer.mixer.rope is not None), None)
     if rope is not None:
         more.setdefault("max_position", context_length(rope))
+    layers = [
+        replace(layer, mixer=replace(layer.mixer, window=None))
+        if layer.mixer.window is not None and layer.mixer.window >= more["max_position"]
+        else layer
+        for layer in layers
+    ]
     if "hidden_size" not in more:
         more["hidden_size"] = config.integer("hidden_size")
     return DecoderSpec(

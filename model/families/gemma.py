@@ -80,6 +80,7 @@ def gemma2_spec(config: HfConfig) -> DecoderSpec:
     """A Gemma-2 config as a spec: every other layer slides, beginning with the first."""
     heads = read_heads(config, config.integer("hidden_size"), default_head_dim=256)
     window = config.integer("sliding_window", 4096, nullable=True)
+    config.only("sliding_window_size", window)  # an older name of the same, written beside it
     windows = layer_windows(config, config.integer("num_hidden_layers"), window, lambda index: index % 2 == 0)
     rope, softcap = read_rope(config, heads.head_dim), config.number("attn_logit_softcapping", 50.0, nullable=True)
     return build(config, "gemma2", heads, windows, lambda _: rope, None, softcap)
