@@ -105,7 +105,7 @@ def _from_file(file: str | os.PathLike[str], problems: list[Problem]) -> dict[st
     name = os.fspath(file)
     label = Path(name).name
     try:
-        content, label = _read(name)
+        content, label = _read(name, is_path=not isinstance(file, str))
     except YamlError as error:
         problems.append(Problem(key="--config", value=name, source=f"{label}:{error.line}", message=str(error)))
         return {}
@@ -125,9 +125,9 @@ def _from_file(file: str | os.PathLike[str], problems: list[Problem]) -> dict[st
     return _flatten(content, label, problems)
 
 
-def _read(name: str) -> tuple[Any, str]:
+def _read(name: str, is_path: bool) -> tuple[Any, str]:
     """Content and short name of a path or a shipped layout. A word without separator and suffix is a layout's name."""
-    is_path = os.sep in name or name.startswith("~") or name.endswith(_YAML_SUFFIXES)
+    is_path = is_path or os.sep in name or name.startswith("~") or name.endswith(_YAML_SUFFIXES)
     if is_path:
         path = Path(name).expanduser()
         return read_yaml(path), path.name

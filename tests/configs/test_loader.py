@@ -220,6 +220,7 @@ def test_file_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine").write_text("parallel: {tensor: 2}")
     assert "for the file write ./mine" in str(refusal(file="mine"))
     assert load_config("./mine", environ={}).config.parallel.tensor == 2
+    assert load_config(Path("mine"), environ={}).config.parallel.tensor == 2
     assert load_config(write(tmp_path, "cache:\n"), environ={}).config == ShoalConfig()
 
 
