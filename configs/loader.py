@@ -75,17 +75,6 @@ def load_config(
     return ResolvedConfig(config=config, sources=sources)
 
 
-def keywords_to_overrides(**keywords: Any) -> dict[str, Any]:
-    """`section.key` -> value for Python keywords such as tensor_parallel_size.
-
-    Raises ConfigError naming every unknown keyword and the nearest known one. Values are not checked here.
-    """
-    problems = [_unknown_keyword(name) for name in keywords if name not in settings_by_keyword()]
-    if problems:
-        raise ConfigError(problems)
-    return {settings_by_keyword()[name].key: value for name, value in keywords.items()}
-
-
 def shipped_layouts() -> list[str]:
     """Names of the layouts that come with the package, sorted."""
     entries = resources.files("shoal.configs.layouts").iterdir()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.configs.fields import sampling_settings, settings
-from shoal.configs.loader import keywords_to_overrides, load_config, shipped_layouts
+from shoal.configs.loader import load_config, shipped_layouts
 from shoal.configs.problems import ConfigError
 from shoal.configs.resolved import COMMAND_LINE, DEFAULT, GENERATION_CONFIG, KEYWORD
 from shoal.configs.sampling import SamplingParams
@@ -225,18 +225,17 @@ def test_file_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_keywords_are_those_vllm_users_know() -> None:
-    found = keywords_to_overrides(
-        model="demo", tensor_parallel_size=2, enable_expert_parallel=True, seed=1, dtype="auto"
-    )
-    assert found == {
-        "model.path": "demo",
-        "parallel.tensor": 2,
-        "parallel.expert": True,
-        "runtime.seed": 1,
-        "model.dtype": "auto",
+    keywords = {
+        "model": "demo",
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "seed": 1,
+        "dtype": "float32",
     }
-    with pytest.raises(ConfigError, match="did you mean max_model_len"):
-        keywords_to_overrides(max_modellen=3)
+    config = load_config(keywords=keywords, environ={}).config
+    assert (config.model.path, config.model.dtype) == ("demo", "float32")
+    assert config.parallel.tensor == 2 and config.parallel.expert and config.runtime.seed == 1
+    assert "did you mean max_model_len" in str(refusal(keywords={"max_modellen": 3}))
 
 
 def test_bad_default_sampling_is_refused_with_its_change() -> None:
