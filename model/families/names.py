@@ -13,7 +13,7 @@ import msgspec
 
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
-from shoal.model.spec import DecoderSpec
+from shoal.model.spec import DecoderSpec, MoeFfn
 
 Shape = tuple[int, ...]
 
@@ -88,10 +88,9 @@ def logical_shapes(spec: DecoderSpec) -> dict[str, Shape]:
 
 
 def place_source(
-    place: Place, tensor: str, logical: str, shapes: Mapping[str, Shape], num_experts: int, expert: int
+    place: Place, tensor: str, logical: str, name: LogicalName, shapes: Mapping[str, Shape], num_experts: int
 ) -> Source:
-    """The view of `logical` within `tensor`, stored as `place` says."""
-    name = parse_logical(logical)
+    """The view of `logical`, taken apart as `name`, within `tensor`, stored as `place` says."""
     own, shape = name.key.rsplit(".", 1)[-1], shapes[logical]
     siblings = [own]
     rows_of = {own: shape[0]}
@@ -110,7 +109,7 @@ def place_source(
         group_rows, offset = place.head_dim, siblings.index(own) * place.head_dim * width
         group_stride = len(siblings) * place.head_dim * width
     if place.stacked:
-        offset += expert * prod(file_shape)
+        offset += (name.expert or 0) * prod(file_shape)
         file_shape = (num_experts, *file_shape)
     return Source(tensor, file_shape, offset, row_stride, column_stride, group_rows, group_stride)
 
@@ -122,6 +121,12 @@ def tensor_name(place: Place, name: LogicalName, base: str, layer_template: str)
     return text if place.stacked or not name.kind else f"{text}.{name.kind}"
 
 
+def candidates(entry: str | Place | tuple[str | Place, ...]) -> list[Place]:
+    """An entry of Names as a list of Places."""
+    entries = entry if isinstance(entry, tuple) else (entry,)
+    return [Place(item) if isinstance(item, str) else item for item in entries]
+
+
 def locate(
     spec: DecoderSpec, names: Names, bases: tuple[str, ...], layer_template: str, available: Collection[str]
 ) -> dict[str, Source]:
@@ -131,22 +136,16 @@ def locate(
     A parameter none of whose candidates is in `available` gets its first candidate: the caller reports it missing.
     """
     shapes = logical_shapes(spec)
-
-    def places(key: str) -> list[Place]:
-        entry = names[key]
-        entries = entry if isinstance(entry, tuple) else (entry,)
-        return [Place(item) if isinstance(item, str) else item for item in entries]
-
+    places = {key: candidates(entry) for key, entry in names.items()}
     embedding = LogicalName("embed", "weight", None, None)
-    embed_place = places("embed")[0]
-    base = next((b for b in bases if tensor_name(embed_place, embedding, b, layer_template) in available), bases[0])
+    first = places["embed"][0]
+    base = next((b for b in bases if tensor_name(first, embedding, b, layer_template) in available), bases[0])
     sources = {}
     for logical in shapes:
         name = parse_logical(logical)
-        options = [(place, tensor_name(place, name, base, layer_template)) for place in places(name.key)]
+        options = [(place, tensor_name(place, name, base, layer_template)) for place in places[name.key]]
         place, tensor = next((option for option in options if option[1] in available), options[0])
-        experts = 0
-        if name.expert is not None and name.layer is not None:
-            experts = getattr(spec.layers[name.layer].ffn, "num_experts", 0)
-        sources[logical] = place_source(place, tensor, logical, shapes, experts, name.expert or 0)
+        ffn = None if name.layer is None else spec.layers[name.layer].ffn
+        num_experts = ffn.num_experts if isinstance(ffn, MoeFfn) else 0
+        sources[logical] = place_source(place, tensor, logical, name, shapes, num_experts)
     return sources
