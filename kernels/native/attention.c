@@ -50,18 +50,18 @@ INLINE void sum_four(vf a, vf b, vf c, vf d, float *out) {
 INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows, int64_t row, int first, int stop, float scores[][TILE]) {
     const int64_t whole = a->head_dim / LANES, part = a->head_dim % LANES, step = LANES * element_size(type);
     for (int j = first; j < stop; j += 4) {
-        const char *key[4];
+        const char *key[4], *next[4];
         for (int i = 0; i < 4; i++) {
             key[i] = s->keys[j + i < stop ? j + i : stop - 1];
-            __builtin_prefetch(s->keys[j + i + 8 < stop ? j + i + 8 : stop - 1]);
+            next[i] = s->keys[j + i + 4 < stop ? j + i + 4 : stop - 1];
         }
         vf sums[MAX_ROWS][4] = {0};
         for (int64_t c = 0; c < whole; c++) {
             vf k[4];
-            for (int i = 0; i < 4; i++) k[i] = load(key[i] + c * step, type);
+            for (int i = 0; i < 4; i++) k[i] = load(key[i] + c * step, type), __builtin_prefetch(next[i] + c * step);
             for (int r = 0; r < rows; r++) {
                 vf q = *(const vf *)(s->q + (row + r) * s->width + c * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] += q * k[i];
+                for (int i = 0; i < 4; i++) sums[r][i] = fused(q, k[i], sums[r][i]);
             }
         }
         if (part) {
@@ -69,7 +69,7 @@ INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows,
             for (int i = 0; i < 4; i++) k[i] = load_part(key[i] + whole * step, type, part);
             for (int r = 0; r < rows; r++) {
                 vf q = *(const vf *)(s->q + (row + r) * s->width + whole * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] += q * k[i];
+                for (int i = 0; i < 4; i++) sums[r][i] = fused(q, k[i], sums[r][i]);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -80,8 +80,9 @@ INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows,
     }
 }
 
-/* Scores to weights in place, for one row; the running maximum and sum are brought up to date. Returns what older sums are multiplied by. */
-INLINE float weigh_row(const Attention *a, const Scratch *s, int64_t row, int first, int stop, float *scores) {
+/* Scores to weights in place, for one row; the running maximum and sum are brought up to date. Returns what older sums are multiplied by.
+ * One copy for all callers: how it is compiled must not depend on them. */
+static __attribute__((noinline)) float weigh_row(const Attention *a, const Scratch *s, int64_t row, int first, int stop, float *scores) {
     for (int j = 0; j < first; j++) scores[j] = -INFINITY;
     for (int j = stop; j < TILE; j++) scores[j] = -INFINITY;
     vf *vectors = (vf *)scores;
@@ -117,12 +118,15 @@ INLINE void add_values(const Scratch *s, int type, int rows, int64_t row, int fi
         for (int i = 0; i < count; i++)
             sums[r][i] = *(const vf *)(s->o + (row + r) * s->width + (c + i) * LANES) * splat(factor[r]);
     for (int j = first; j < stop; j++) {
-        const char *value = s->values[j] + c * LANES * size;
+        const char *value = s->values[j] + c * LANES * size, *next = s->values[j + 4 < stop ? j + 4 : j] + c * LANES * size;
         vf v[4];
-        for (int i = 0; i < count; i++) v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
+        for (int i = 0; i < count; i++) {
+            v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
+            __builtin_prefetch(next + i * LANES * size);
+        }
         for (int r = 0; r < rows; r++) {
             vf weight = splat(weights[r][j]);
-            for (int i = 0; i < count; i++) sums[r][i] += weight * v[i];
+            for (int i = 0; i < count; i++) sums[r][i] = fused(weight, v[i], sums[r][i]);
         }
     }
     for (int r = 0; r < rows; r++)

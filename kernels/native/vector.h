@@ -9,6 +9,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors stay inside this library: everything that takes them is inlined */
@@ -41,6 +44,24 @@ INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (v
 INLINE vu choose_bits(vi mask, vu a, vu b) { return ((vu)mask & a) | (~(vu)mask & b); }
 
 INLINE vf max_lanes(vf a, vf b) { return choose(a > b, a, b); }
+
+/* a b + c, fused wherever the processor can. Spelled out where several copies of a loop must agree to the bit: some compilers' tuning fuses
+ * in one and not in the next. */
+INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    union { vf v; __m256 half[2]; } p = {a}, q = {b}, r = {c};
+    r.half[0] = _mm256_fmadd_ps(p.half[0], q.half[0], r.half[0]);
+    r.half[1] = _mm256_fmadd_ps(p.half[1], q.half[1], r.half[1]);
+    return r.v;
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 INLINE vf half_to_float(vh h) {
     vu w = __builtin_convertvector(h, vu), magnitude = (w & 0x7fff) << 13;
