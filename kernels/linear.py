@@ -1,9 +1,9 @@
 """y = x w^T + bias. With deterministic=True a row's result does not depend on the other rows, their number or its place
 among them: bit for bit, so a request's tokens do not depend on its batch.
 
-Deterministic paths: on a CPU the C kernel (one order of sums per element); without it, and on GPUs, torch's product over
-blocks of a fixed number of rows (the last one padded), whose algorithm then is always the same. Otherwise torch chooses.
-Types: float32, bfloat16, float16, accumulated in float32.
+Deterministic paths: on a CPU the C kernel (one order of sums per element); without it, and on GPUs, torch's product
+over blocks of a fixed number of rows (the last one padded), whose algorithm then is always the same. Otherwise torch
+chooses. Types: float32, bfloat16, float16, accumulated in float32.
 """
 
 import torch
@@ -33,7 +33,8 @@ def linear(
     if not deterministic:
         return F.linear(x, weight, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"linear needs one dtype; x is {x.dtype}, weight {weight.dtype}, bias {bias and bias.dtype}")
+        theirs = "none" if bias is None else bias.dtype
+        raise ValueError(f"linear needs one dtype; x is {x.dtype}, weight {weight.dtype}, bias {theirs}")
     x_MK = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     library = native_library() if x.is_cpu else None
     biases = () if bias is None else (bias,)
