@@ -20,6 +20,7 @@ from shoal.configs.version import VERSION
 from shoal.launcher.arguments import Parser, UsageError, add_model, add_settings, overrides_from, unknown_arguments
 from shoal.launcher.commands import COMMANDS, Command
 from shoal.launcher.failure import describe, show_failure, show_traceback
+from shoal.launcher.kinds import is_follower
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -69,6 +70,8 @@ def _run(arguments: list[str]) -> int:
             return 0
         args, resolved = _parse(command, arguments[1:])
         debug = resolved.config.runtime.log_level == "debug"
+        if command.starts_engine and is_follower(resolved.config, os.environ):
+            return _follow(resolved)
         status: int = importlib.import_module(command.module).run(args, resolved)
         sys.stdout.flush()
         return status
@@ -95,6 +98,18 @@ def _run(arguments: list[str]) -> int:
         hint = "" if is_users or debug else "--log-level debug prints the traceback."
         show_failure("cannot be used" if is_users else "failed", describe(error), hint)
         return EXIT_USAGE if is_users else EXIT_FAILED
+
+
+def _follow(resolved: ResolvedConfig) -> int:
+    """Be what world rank 0 under torchrun says. That process prints; this one says in a line why it cannot go on."""
+    try:
+        status: int = importlib.import_module("shoal.launcher.torchrun_follow").follow(resolved)
+    except Exception as error:  # noqa: BLE001  as in _run
+        if resolved.config.runtime.log_level == "debug":
+            show_traceback(error)
+        print(f"shoal: world rank {os.environ['RANK']}: {describe(error)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
+    return status
 
 
 def _parse(command: Command, arguments: list[str]) -> tuple[argparse.Namespace, ResolvedConfig]:

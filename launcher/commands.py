@@ -39,6 +39,7 @@ _GENERATE_SAMPLING = (*_CHAT_SAMPLING, "n", "logprobs", "prompt_logprobs", "deto
 class Command:
     """One subcommand. usage: without the program's name. sections, sampling: the settings that are flags of it.
 
+    starts_engine: under torchrun, the processes other than world rank 0 become ranks instead of running it.
     defaults: what help says instead of a setting's declared default, by key, where the command has one of its own.
     add_arguments: adds its own arguments. needs_model: it takes MODEL, and ends with a usage error without one.
     """
@@ -53,6 +54,7 @@ class Command:
     sampling: tuple[str, ...] = ()
     defaults: Mapping[str, str] = field(default_factory=dict)
     needs_model: bool = True
+    starts_engine: bool = True
 
     @property
     def module(self) -> str:
@@ -151,6 +153,7 @@ _EXPLAIN = Command(
         ("shoal explain ./llama -tp 3 --max-model-len 8192 --json", "for a program"),
     ),
     sampling=_GENERATE_SAMPLING,
+    starts_engine=False,
 )
 _DOCTOR = Command(
     name="doctor",
@@ -162,6 +165,7 @@ _DOCTOR = Command(
     examples=(("shoal doctor", "everything"),),
     sections=("runtime", "launcher"),
     needs_model=False,
+    starts_engine=False,
 )
 _BENCH = Command(
     name="bench",

@@ -157,6 +157,7 @@ class Zygote:
         self.connection = ZygoteConnection(self._channel)
         self.pid, self._owner_pid = self._process.pid, os.getpid()
         self.cuda = False
+        self._loaded = False
 
     def loaded(self, timeout_s: float) -> None:
         """Wait until it can fork; sets `cuda`. Raises LaunchError with the cause when it cannot."""
@@ -167,13 +168,15 @@ class Zygote:
         assert isinstance(message, Loaded), "a zygote introduces itself first"
         if message.error is not None:
             raise LaunchError(f"the zygote could not import what ranks need\n{message.error}")
-        self.cuda = message.cuda
+        self.cuda, self._loaded = message.cuda, True
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End it and all that was forked through it. Idempotent; without effect in a fork of its owner."""
         if os.getpid() != self._owner_pid:
             return
         self._channel.close()
+        if not self._loaded:
+            self._process.kill()  # it is importing, and would look at the channel only afterwards
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

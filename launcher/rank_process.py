@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from shoal.engine.messages import StepPlan
 from shoal.engine.rank_messages import (
     TO_RANK,
@@ -30,12 +32,14 @@ from shoal.engine.rank_messages import (
     Stop,
     ToRank,
 )
+from shoal.kernels.build import NativeLibrary, load_native
 from shoal.launcher.bootstrap import RANK_BOOTSTRAP, RankBootstrap, versions
 from shoal.launcher.zygote import resolve
 from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_connect import connect
 from shoal.parallel.control_heartbeat import Heartbeat as HeartbeatThread
+from shoal.parallel.mesh import make_mesh
 
 IDLE_TIMEOUT_S = 60.0  # engines ping their ranks every few seconds
 PROGRESS_INTERVAL_S = 0.1
@@ -114,12 +118,8 @@ class _Rank:
                 case Stop():
                     return
 
-    def _prepare(self) -> Any:
+    def _prepare(self) -> NativeLibrary | None:
         """Set threads, device and logging; introduce the rank. Returns the C kernels, None where there are none."""
-        import torch
-
-        from shoal.kernels.build import load_native
-
         boot = self._bootstrap
         handler = _ToEngine(self._channel, boot.rank)
         logging.basicConfig(level=self._config.runtime.log_level.upper(), handlers=[handler], force=True)
@@ -145,14 +145,10 @@ class _Rank:
         self._now("waiting for the other ranks")
         return native
 
-    def _load(self, rendezvous: str, native: Any) -> None:
+    def _load(self, rendezvous: str, native: NativeLibrary | None) -> None:
         """Join the other ranks, load, measure, report."""
-        import torch
-
         boot, config = self._bootstrap, self._config
         make_worker = resolve(boot.model.worker)
-        from shoal.parallel.mesh import make_mesh
-
         self._now(f"joining the other ranks ({config.runtime.collectives})")
         mesh = make_mesh(
             config.runtime.collectives,
@@ -165,9 +161,7 @@ class _Rank:
             native,
         )
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)
-        self._worker = make_worker(
-            config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device), native
-        )
+        self._worker = make_worker(config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device))
         self._now("loading weights")
         self._worker.load(self._progress)
         self._now("running the profiling step")

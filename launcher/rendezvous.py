@@ -1,9 +1,9 @@
-"""Where the ranks of a replica find each other: made by the engine before they join, given back when they have. Leaves
-nothing behind.
+"""Where the ranks of a replica find each other: made by the engine before they join, given back when they have.
+
+Nothing is left behind, whatever ends the engine: on one host it is anonymous memory, reached through /proc.
 """
 
-import shutil
-import tempfile
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -24,16 +24,16 @@ class Rendezvous(msgspec.Struct):
 def make_rendezvous(config: ShoalConfig, listen_host: str | None) -> Rendezvous:
     """For the collectives of a resolved configuration. listen_host: None when all ranks are on this host.
 
-    Shared memory: the segment itself. One host: a file in a private folder. Several hosts: a store that this process
-    serves at listen_host.
+    Shared memory: the segment itself. One host: an anonymous file that holds torch's store. Several hosts: a store that
+    this process serves at listen_host.
     """
     if config.runtime.collectives == "shm":
         size = config.ranks_per_replica
         segment = SharedSegment.create(size, replica_groups(config.parallel.tensor, config.parallel.pipeline))
         return Rendezvous(segment.path, segment.close)
     if listen_host is None:
-        folder = tempfile.mkdtemp(prefix="shoal-")
-        return Rendezvous(f"file://{folder}/rendezvous", lambda: shutil.rmtree(folder, ignore_errors=True))
+        fd = os.memfd_create("shoal-rendezvous", os.MFD_CLOEXEC)
+        return Rendezvous(f"file:///proc/{os.getpid()}/fd/{fd}", lambda: os.close(fd))
     return _served(listen_host, config.launcher.start_timeout_s)
 
 

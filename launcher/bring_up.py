@@ -1,0 +1,46 @@
+"""start_engine: the one place that decides who starts the ranks (in this process, local processes, torchrun), and does
+it.
+
+A front end of several ranks imports no torch: the zygote does, while this process goes on. Whatever fails, nothing is
+left running.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+
+from shoal.configs.resolved import ResolvedConfig
+from shoal.launcher.kinds import choose_launcher
+from shoal.launcher.replica import Progress
+from shoal.launcher.started import StartedEngine
+from shoal.model.families import load_spec
+from shoal.model.shard import shard_model
+
+
+async def start_engine(
+    resolved: ResolvedConfig, model_dir: Path | None, on_progress: Progress | None = None
+) -> StartedEngine:
+    """Start what the settings ask for and wait until it takes requests, at most launcher.start_timeout_s.
+
+    model_dir: the checkpoint's folder. on_progress: told what the start is doing. `client.close()` ends everything.
+    Raises ValueError for what cannot be used (settings, checkpoint, memory, devices) and EngineError when a process
+    fails; cancelling it, or any failure, ends what was started.
+    """
+    config = resolved.config
+    if model_dir is None:
+        raise ValueError("model.path is not set: give a folder with config.json, a Hugging Face hub id, or demo")
+    spec, _ = await asyncio.to_thread(load_spec, model_dir)
+    shard_model(spec, config.parallel)  # a layout the model cannot have is refused before anything is spawned
+    match choose_launcher(config, os.environ):
+        case "inprocess":
+            from shoal.launcher.inprocess import start_inprocess
+
+            return await start_inprocess(config, spec, model_dir)
+        case "local":
+            from shoal.launcher.local_start import start_local
+
+            return await start_local(config, spec, model_dir, on_progress)
+        case "torchrun":
+            from shoal.launcher.torchrun_start import start_torchrun
+
+            return await start_torchrun(config, spec, model_dir, on_progress)

@@ -1,0 +1,112 @@
+"""A layout of several ranks on this host: one zygote, one engine process per replica, and their ranks."""
+
+import asyncio
+from pathlib import Path
+
+from shoal.configs.schema import ShoalConfig
+from shoal.engine.client import EngineError
+from shoal.kernels.build import NativeBuildError, build_native
+from shoal.launcher import probe
+from shoal.launcher.bootstrap import WORKER, EngineBootstrap, Model, fingerprint
+from shoal.launcher.local import LocalProcesses, LocalReplica
+from shoal.launcher.processes import PRELOAD, LaunchError, Zygote
+from shoal.launcher.replica import Progress
+from shoal.launcher.replicas import start_replicas
+from shoal.launcher.settle import Host, Settled, settle
+from shoal.launcher.started import StartedEngine
+from shoal.model.shard import shard_model
+from shoal.model.spec import DecoderSpec
+from shoal.parallel.control_connect import Listener, new_key
+
+PROBE_TIMEOUT_S = 60.0
+
+
+async def start_local(
+    config: ShoalConfig,
+    spec: DecoderSpec,
+    model_dir: Path | None,
+    on_progress: Progress | None = None,
+    worker: str = WORKER,
+) -> StartedEngine:
+    """Start all replicas. worker: "module:class" of what ranks run. Raises ValueError, EngineError."""
+    processes = await start_processes(config, worker)
+    try:
+        native = await has_native(config)
+        gpus = await count_gpus(processes, config)
+        settled = settle(config, spec, Host(gpus=gpus, native=native, ranks=config.world_size))
+        model = Model(
+            config=settled.config,
+            spec=spec,
+            model_dir=None if model_dir is None else str(model_dir),
+            worker=worker,
+        )
+        replicas = make_replicas(processes, settled, model, fingerprint(config, spec))
+    except BaseException:
+        await processes.close()
+        raise
+    return await start_replicas(replicas, settled, on_progress, processes.close)
+
+
+async def start_processes(config: ShoalConfig, worker: str = WORKER) -> LocalProcesses:
+    """A zygote, importing while the caller goes on. Raises EngineError."""
+    try:
+        zygote = Zygote(tuple(dict.fromkeys([*PRELOAD, worker.partition(":")[0]])))
+    except LaunchError as error:
+        raise EngineError(str(error)) from None
+    return LocalProcesses(zygote, config.launcher.start_timeout_s)
+
+
+async def has_native(config: ShoalConfig) -> bool:
+    """Build the C kernels, once for all ranks of this host. Raises EngineError when they are required and cannot be."""
+    if config.runtime.device == "cuda":
+        return False
+    try:
+        return await asyncio.to_thread(build_native, config.runtime.native) is not None
+    except NativeBuildError as error:
+        raise EngineError(f"runtime.native = require: {error}") from None
+
+
+async def count_gpus(processes: LocalProcesses, config: ShoalConfig) -> int:
+    """GPUs that torch sees here, counted in a process that ends afterwards."""
+    await processes.loaded()
+    if config.runtime.device == "cpu" or not processes.cuda:
+        return 0
+    ended = processes.fork("probe", "shoal.launcher.probe:main", b"")
+    try:
+        exited = await asyncio.wait_for(ended, PROBE_TIMEOUT_S)
+        return probe.read_count(exited.log)
+    except TimeoutError:
+        raise EngineError(f"torch did not count the GPUs within {PROBE_TIMEOUT_S:g} s; is the driver well?") from None
+    except ValueError:
+        raise EngineError(f"torch could not count the GPUs:\n{exited.log}") from None
+
+
+def make_replicas(
+    processes: LocalProcesses, settled: Settled, model: Model, config_fingerprint: str
+) -> list[LocalReplica]:
+    """Handles of all replicas, their listeners open."""
+    config, size = settled.config, settled.config.ranks_per_replica
+    shards = shard_model(model.spec, config.parallel)
+    assert config.runtime.threads is not None, "settled"
+    replicas = []
+    for number in range(config.parallel.data):
+        listener = Listener.unix()
+        bootstrap = EngineBootstrap(
+            replica=number,
+            model=model,
+            shards=shards,
+            devices={rank: device_of(config, number * size + rank) for rank in range(size)},
+            ranks_per_device=settled.ranks_per_device,
+            threads=config.runtime.threads,
+            front_address=listener.address,
+            key=new_key(),
+            config_fingerprint=config_fingerprint,
+        )
+        where = f"replica {number}: " if config.parallel.data > 1 else ""
+        replicas.append(LocalReplica(processes, listener, bootstrap, where=where))
+    return replicas
+
+
+def device_of(config: ShoalConfig, local_rank: int) -> str:
+    """The device of a host's rank."""
+    return f"cuda:{local_rank}" if config.runtime.device == "cuda" else "cpu"

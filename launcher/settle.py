@@ -1,0 +1,122 @@
+"""Resolves every "auto" once, at the start: device, type, collectives, threads, context length. Says what it chose. No
+torch.
+
+What the devices found cannot carry is refused here, with the numbers and the fix.
+"""
+
+import secrets
+from typing import Literal
+
+import msgspec
+
+from shoal.configs.host import usable_cores
+from shoal.configs.schema import ShoalConfig
+from shoal.model.spec import DecoderSpec
+from shoal.parallel.shm_segment import MAX_RANKS
+
+Device = Literal["cpu", "cuda"]
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """What this host offers the launch.
+
+    gpus: that torch sees. native: the C kernels are there. ranks: of all replicas, on this host. one_host: every rank
+    of a replica is on the same host as the others.
+    """
+
+    gpus: int
+    native: bool
+    ranks: int
+    one_host: bool = True
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True):
+    """config: without any "auto". notes: what was chosen, one line each. ranks_per_device: ranks, of all replicas, that
+    share one device's memory on this host.
+    """
+
+    config: ShoalConfig
+    notes: list[str]
+    ranks_per_device: int
+
+
+def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
+    """Resolve the settings for a model on this host. Raises ValueError naming setting, value, limit and fix."""
+    device = choose_device(config, host)
+    collectives = choose_collectives(config, host, device)
+    threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ValueError(
+            f"model.max_model_len = {max_model_len} exceeds the checkpoint's context of {spec.max_position} tokens; "
+            f"lower it to {spec.max_position} or leave it out"
+        )
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    replace = msgspec.structs.replace
+    native = config.runtime.native if device == "cuda" else ("require" if host.native else "off")
+    seed = secrets.randbits(62) if config.runtime.seed is None else config.runtime.seed
+    settled = replace(
+        config,
+        model=replace(config.model, dtype=dtype, max_model_len=max_model_len),
+        runtime=replace(
+            config.runtime, device=device, collectives=collectives, threads=threads, native=native, seed=seed
+        ),
+    )
+    return Settled(config=settled, notes=_notes(settled, host), ranks_per_device=1 if device == "cuda" else host.ranks)
+
+
+def choose_device(config: ShoalConfig, host: Host) -> Device:
+    """The kind of device. Raises ValueError when there are too few GPUs."""
+    wanted = config.runtime.device
+    if wanted == "cpu" or (wanted == "auto" and host.gpus == 0):
+        return "cpu"
+    if host.gpus == 0:
+        raise ValueError("runtime.device = cuda, but torch sees no GPU here; `shoal doctor` says why, or use cpu")
+    if host.ranks > host.gpus:
+        layout = config.parallel
+        raise ValueError(
+            f"the layout tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} needs {host.ranks} "
+            f"GPUs on this host, and torch sees {host.gpus}; lower a size, or rehearse it with runtime.device = cpu"
+        )
+    return "cuda"
+
+
+def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:
+    """How ranks exchange tensors. Raises ValueError when the asked way cannot work here."""
+    wanted, size = config.runtime.collectives, config.ranks_per_replica
+    if wanted == "shm":
+        if not host.native:
+            raise ValueError(
+                "runtime.collectives = shm needs the C kernels, which are not there; use gloo, or install gcc"
+            )
+        if not host.one_host:
+            raise ValueError(
+                "runtime.collectives = shm works on one host; the ranks of a replica are on several; use gloo"
+            )
+        if size > MAX_RANKS:
+            raise ValueError(f"runtime.collectives = shm joins at most {MAX_RANKS} ranks, not {size}; use gloo")
+    if wanted == "nccl" and device == "cpu":
+        raise ValueError("runtime.collectives = nccl works on GPUs, and torch sees none; use auto, shm or gloo")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "nccl"
+    return "shm" if host.native and host.one_host and size <= MAX_RANKS else "gloo"
+
+
+def _notes(config: ShoalConfig, host: Host) -> list[str]:
+    """What was chosen, for people."""
+    layout, runtime = config.parallel, config.runtime
+    between = f", {runtime.collectives} collectives" if config.ranks_per_replica > 1 else ""
+    threads = f", {runtime.threads} {'thread' if runtime.threads == 1 else 'threads'} per rank"
+    kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
+    notes = [
+        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "
+        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}, context "
+        f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
+    ]
+    if host.gpus > host.ranks and runtime.device == "cuda":
+        more = host.gpus // (host.ranks // layout.tensor)
+        hint = f": try -tp {more}" if more > layout.tensor else ""
+        notes.append(f"{host.gpus} GPUs seen, using {host.ranks}{hint}")
+    return notes
