@@ -44,7 +44,8 @@ def read_prompt(
     highest = max(token_ids)
     if min(token_ids) < 0 or highest >= vocab_size:
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise ValueError(f"prompt_token_ids holds {wrong}; the vocabulary's ids are 0 to {vocab_size - 1}")
+        source = "prompt_token_ids holds" if text is None else "the tokenizer is not the model's: the text has token id"
+        raise ValueError(f"{source} {wrong}; the vocabulary's ids are 0 to {vocab_size - 1}")
     if len(token_ids) >= max_model_len:
         raise ValueError(
             f"the prompt has {len(token_ids)} tokens and max_model_len is {max_model_len}: at most {max_model_len - 1} "

@@ -132,7 +132,7 @@ def test_token_text_reads_as_behind_other_text() -> None:
 def test_strip_at_both_ends_behind_fuse(start: int, stop: int, pieces: list[str]) -> None:
     decoder = {
         "type": "Sequence",
-        "decoders": [{"type": "Fuse"}, dict(type="Strip", content=" ", start=start, stop=stop)],
+        "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": start, "stop": stop}],
     }
     fuse, strip = build_stages(decoder)
     out = [text for piece in pieces for fused in fuse.push(piece) for text in strip.push(fused)]

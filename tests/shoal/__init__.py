@@ -1,0 +1,1 @@
+"""Tests of the public API and of the demo model."""
