@@ -42,7 +42,7 @@ class AttentionMixer:
         device = params["qkv.weight"].device
         self.q_to_kv = None if heads.uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
         self.sinks = params["sinks"].float() if spec.sinks else None
-        self.qk_norm = make_qk_norm(spec, shard, params, group)
+        self.qk_norm = make_qk_norm(spec, shard, params, group, deterministic=deterministic)
 
     def partial(
         self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache

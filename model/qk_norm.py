@@ -13,6 +13,7 @@ from shoal.model.norms import NormLayer, make_norm
 from shoal.model.shard import ModelShard
 from shoal.model.spec import Attention
 from shoal.parallel.communicator import Communicator
+from shoal.parallel.norm import ShardedRmsNorm
 
 
 class PerHeadNorm:
@@ -31,43 +32,57 @@ class AcrossHeadsNorm:
     """RMSNorm over the concatenation of all heads (OLMo-2). One all-reduce of two numbers per token for q and k
     together.
 
-    A key head that several ranks hold is counted by the first of them only: owned is its local range of key heads.
+    A key head that several ranks hold is counted by the lowest of them only: owned is the local range of key heads that
+    this rank counts.
     """
 
-    def __init__(
-        self, spec: Attention, q_norm: NormLayer, k_norm: NormLayer, owned: slice, group: Communicator
-    ) -> None:
-        assert q_norm.norm.kind == "rms" and q_norm.bias is None, "only RMSNorm is defined over sharded heads"
-        self.q_norm, self.k_norm, self.owned, self.group = q_norm, k_norm, owned, group
-        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim]
-        self.sizes = torch.tensor(sizes, dtype=torch.float32, device=q_norm.weight.device)[:, None]
+    def __init__(self, q_norm: ShardedRmsNorm, k_norm: ShardedRmsNorm, owned: slice) -> None:
+        self.q_norm, self.k_norm, self.owned, self.group = q_norm, k_norm, owned, q_norm.group
 
     def __call__(self, q_TQD: torch.Tensor, k_TKD: torch.Tensor) -> None:
         """Normalise both in place."""
-        parts = (q_TQD.flatten(1), self.q_norm), (k_TKD.flatten(1), self.k_norm)
+        q_TC, k_TC = q_TQD.flatten(1), k_TKD.flatten(1)
         if self.group.size == 1:
-            for x_TC, norm in parts:
-                norm.normalize_(x_TC)
+            q_TC.copy_(self.q_norm(q_TC))
+            k_TC.copy_(self.k_norm(k_TC))
             return
-        counted = (q_TQD.flatten(1), k_TKD[:, self.owned].flatten(1))
-        squares_2T = self.group.all_reduce(torch.stack([x_TC.float().pow(2).sum(-1) for x_TC in counted]))
-        factors_2T = torch.rsqrt(squares_2T / self.sizes + self.q_norm.norm.eps)
-        for (x_TC, norm), factor_T in zip(parts, factors_2T):
-            weight_C = norm.weight.float() + (1.0 if norm.norm.unit_offset else 0.0)
-            x_TC.copy_(x_TC.float() * factor_T[:, None] * weight_C)
+        counted = torch.zeros_like(k_TKD, dtype=torch.float32)
+        counted[:, self.owned] = k_TKD[:, self.owned].float()
+        parts = self.q_norm.sum_of_squares(q_TC.float()), self.k_norm.sum_of_squares(counted.flatten(1))
+        squares_T2 = self.group.all_reduce(torch.cat(parts, dim=1))
+        q_TC.copy_(self.q_norm.scale(q_TC.float(), squares_T2[:, :1]))
+        k_TC.copy_(self.k_norm.scale(k_TC.float(), squares_T2[:, 1:]))
 
 
 def make_qk_norm(
-    spec: Attention, shard: ModelShard, params: Mapping[str, torch.Tensor], group: Communicator
+    spec: Attention,
+    shard: ModelShard,
+    params: Mapping[str, torch.Tensor],
+    group: Communicator,
+    *,
+    deterministic: bool,
 ) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
     """What normalises queries and keys ([T, Q, D], [T, K, D]) of a layer in place; None when nothing does."""
     if spec.qk_norm is None:
         return None
-    q_norm, k_norm = (make_norm(spec.qk_norm.norm, params, name) for name in ("q_norm", "k_norm"))
-    assert q_norm is not None and k_norm is not None
+    norm = spec.qk_norm.norm
     if spec.qk_norm.per_head:
+        q_norm, k_norm = (make_norm(norm, params, name) for name in ("q_norm", "k_norm"))
+        assert q_norm is not None and k_norm is not None
         return PerHeadNorm(q_norm, k_norm)
-    return AcrossHeadsNorm(spec, q_norm, k_norm, owned_kv_heads(spec, shard), group)
+    assert norm.kind == "rms" and not norm.bias, "only RMSNorm without a bias is defined over sharded heads"
+    q_sharded, k_sharded = (
+        ShardedRmsNorm(
+            params[f"{name}.weight"],
+            norm.eps,
+            num_heads * spec.head_dim,
+            group,
+            deterministic=deterministic,
+            unit_offset=norm.unit_offset,
+        )
+        for name, num_heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads))
+    )
+    return AcrossHeadsNorm(q_sharded, k_sharded, owned_kv_heads(spec, shard))
 
 
 def owned_kv_heads(spec: Attention, shard: ModelShard) -> slice:

@@ -34,8 +34,11 @@ class ShardedRmsNorm:
         if self.group.size == 1:
             return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
         values = x.float()
-        squares = self.group.all_reduce(self.sum_of_squares(values))
-        return (values * torch.rsqrt(squares / self.global_size + self.eps) * self._scale).to(x.dtype)
+        return self.scale(values, self.group.all_reduce(self.sum_of_squares(values))).to(x.dtype)
+
+    def scale(self, values: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """values: [..., local_size] float32; squares: [..., 1], summed over all ranks. Returns the norm in float32."""
+        return values * torch.rsqrt(squares / self.global_size + self.eps) * self._scale
 
     def sum_of_squares(self, values: torch.Tensor) -> torch.Tensor:
         """Of every row of this rank's part: [..., 1] float32. As a product with ones, whose order of sums can be
