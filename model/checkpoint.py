@@ -4,9 +4,8 @@
         parameters = load_parameters(checkpoint, family, spec, shard, dtype, device)
 
 Everything that headers can tell about the whole model is checked before any weight is read; every value read is checked
-to be finite.
-Peak memory: the shard, plus a staging buffer of at most STAGING_BYTES (or the widest row) for what needs a conversion
-or a transposition.
+to be finite. Peak memory: the shard, plus a staging buffer of at most STAGING_BYTES (or the widest row) for what needs
+a conversion or a transposition.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.model.checkpoint_files import Checkpoint, check_tensors, file_dtype, verify_checksums
+from shoal.model.checkpoint_files import Checkpoint, check_tensors
 from shoal.model.families.family import Family
 from shoal.model.families.names import Source
 from shoal.model.parameters import local_parameters
@@ -23,20 +22,10 @@ from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.sharding import Range
 
-__all__ = ["Checkpoint", "CheckpointError", "check_tensors", "load_parameters", "resolve_dtype", "verify_checksums"]
+__all__ = ["Checkpoint", "CheckpointError", "check_tensors", "load_parameters"]
 
 STAGING_BYTES = 8 << 20
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-RUN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_dtype(requested: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> torch.dtype:
-    """The type to run in. requested: model.dtype; `auto` takes what config.json declares, else what the files hold."""
-    if requested != "auto":
-        return RUN_DTYPES[requested]
-    if checkpoint is not None and not (checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")):
-        return RUN_DTYPES[file_dtype(checkpoint)]
-    return RUN_DTYPES[spec.dtype]
 
 
 class Block(NamedTuple):

@@ -1,22 +1,21 @@
 """The files of a checkpoint folder: which there are, that they are whole, and that they hold exactly what a model
 needs. No torch.
 
-checkpoint = Checkpoint(folder)              # index and headers, checked
-sources = check_tensors(checkpoint, family, spec)   # every parameter of the whole model found, in the right shape
+    checkpoint = Checkpoint(folder)                    # index and headers, checked
+    sources = check_tensors(checkpoint, family, spec)  # every parameter of the whole model found, in the right shape
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from shoal.model.families.family import Family
 from shoal.model.families.names import Source, logical_shapes
+from shoal.model.formats import INDEX, SINGLE, missing_weights, refuse_other_formats
 from shoal.model.safetensors_file import CheckpointError, SafetensorsFile, TensorInfo, unique_keys
 from shoal.model.spec import DecoderSpec
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOADABLE = ("F32", "F16", "BF16")
 MAX_JSON_BYTES = 200_000_000
 MAX_LISTED = 8  # problems spelled out in one error
@@ -39,39 +38,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_other_formats(folder: Path) -> None:
-    """Raise CheckpointError that says what the folder holds instead of safetensors, and what to do about it."""
-    if folder.suffix.lower() == ".gguf":
-        raise CheckpointError(
-            f"{folder}: GGUF files are not supported; use the model's Hugging Face safetensors checkpoint"
-        )
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; give the folder of a Hugging Face checkpoint")
-    names = sorted(os.listdir(folder))
-    if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(
-            f"{folder}: holds GGUF files, which are not supported; use the model's Hugging Face safetensors checkpoint"
-        )
-    pickled = [
-        name
-        for name in names
-        if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and not name.startswith("training_args")
-    ]
-    if pickled:
-        raise CheckpointError(
-            f"{folder}: holds {pickled[0]}, a pickled checkpoint, which can run code when it is opened and is not "
-            f"supported. Convert it: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
-        )
-    if "adapter_config.json" in names:
-        raise CheckpointError(
-            f"{folder}: holds a LoRA adapter, not a model; merge it into its base model and save that"
-        )
-    found = [name for name in names if name.endswith(".safetensors")]
-    hint = f"; it holds {', '.join(found[:4])}, but no index: download {INDEX} too" if found else ""
-    raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")
-
-
 def index_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The shard files named by the index, and its weight map. Raises CheckpointError naming what is wrong or
     missing.
@@ -90,8 +56,7 @@ def index_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(names)} files named by {INDEX} are missing: "
-            f"{', '.join(missing[:MAX_LISTED])}; "
-            "the download is not complete"
+            f"{', '.join(missing[:MAX_LISTED])}; the download is not complete"
         )
     return names, weights
 
@@ -126,7 +91,7 @@ class Checkpoint:
         elif (self.folder / INDEX).is_file():
             names, weights = index_files(self.folder)
         else:
-            refuse_other_formats(self.folder)
+            raise missing_weights(self.folder)
         for name in names:
             file = SafetensorsFile(self.folder / name)
             self.files.append(file)
@@ -185,8 +150,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> 
     for tensor, (file, info) in checkpoint.tensors.items():
         if tensor not in needed and not family.is_ignorable(tensor, spec):
             problems.append(
-                f"{file.path}: tensor {tensor!r} {list(info.shape)} is surplus: no part of a {family.name} model "
-                f"needs it"
+                f"{file.path}: tensor {tensor!r} {list(info.shape)} is surplus: "
+                f"no part of a {family.name} model needs it"
             )
     if problems:
         problems = list(dict.fromkeys(problems))
@@ -194,16 +159,6 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> 
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(f"{checkpoint.folder}: the weights do not match config.json:\n  {listed}{more}")
     return sources
-
-
-def file_dtype(checkpoint: Checkpoint) -> str:
-    """The type most bytes of the weights are stored in: float32, bfloat16 or float16."""
-    totals = dict.fromkeys(LOADABLE, 0)
-    for _, info in checkpoint.tensors.values():
-        if info.dtype in totals:
-            totals[info.dtype] += info.end - info.begin
-    best = max(LOADABLE, key=lambda dtype: totals[dtype])
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[best]
 
 
 def read_manifest(manifest: Path) -> dict[str, str]:

@@ -3,12 +3,17 @@ torch.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from shoal.model.families import gemma, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, opt, phi3, qwen, qwen_moe
 from shoal.model.families.config import HfConfig
 from shoal.model.families.family import Family
+from shoal.model.formats import refuse_other_formats, refuse_quantised
+from shoal.model.safetensors_file import SafetensorsFile
 from shoal.model.spec import DecoderSpec
 
 FAMILIES: tuple[Family, ...] = (
@@ -28,33 +33,12 @@ FAMILIES: tuple[Family, ...] = (
     qwen_moe.QWEN3_MOE,
 )
 
-QUANTISED = {
-    "awq": "AWQ",
-    "gptq": "GPTQ",
-    "bitsandbytes": "bitsandbytes",
-    "fp8": "FP8",
-    "compressed-tensors": "compressed-tensors",
-    "mxfp4": "MXFP4",
-}
+STORED: dict[str, Literal["float32", "bfloat16", "float16"]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def supported_architectures() -> list[str]:
     """Every architecture name Shoal runs."""
     return sorted(name for family in FAMILIES for name in family.architectures)
-
-
-def refuse_quantised(config: dict[str, Any], where: str) -> None:
-    """Raise ValueError when the weights are quantised, by the method's name and with what to do instead."""
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if settings:
-        method = str(settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings)
-        raise ValueError(
-            f"{where}: the checkpoint is quantised with {QUANTISED.get(method.lower(), method)} "
-            f"(quantization_config.quant_method), "
-            "which Shoal does not run: use the model's unquantised checkpoint (float32, bfloat16 or float16 "
-            "safetensors), "
-            "or dequantise this one and save it with save_pretrained"
-        )
 
 
 def load_family(config: dict[str, Any], where: str = "config.json") -> Family:
@@ -81,14 +65,34 @@ def build_spec(config: dict[str, Any], where: str = "config.json") -> tuple[Deco
 
 
 def load_spec(folder: str | Path) -> tuple[DecoderSpec, Family]:
-    """Spec and family of a checkpoint folder's config.json. Raises ValueError, OSError when it cannot be read."""
+    """Spec and family of a checkpoint folder's config.json; a type it does not declare is taken from the weights.
+
+    Raises ValueError, OSError when it cannot be read.
+    """
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        refuse_other_formats(Path(folder))
         raise ValueError(f"{path} is missing: {folder} is not a Hugging Face checkpoint") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
-    return build_spec(config, str(path))
+    spec, family = build_spec(config, str(path))
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        spec = replace(spec, dtype=stored_dtype(Path(folder)) or spec.dtype)
+    return spec, family
+
+
+def stored_dtype(folder: Path) -> Literal["float32", "bfloat16", "float16"] | None:
+    """The type most bytes of the folder's first weight file are stored in, by its header; None without weights."""
+    path = min(folder.glob("model*.safetensors"), default=None)
+    if path is None:
+        return None
+    file = SafetensorsFile(path)
+    file.close()
+    totals = Counter(dict.fromkeys(STORED, 0))
+    for info in file.tensors.values():
+        totals[info.dtype] += info.end - info.begin
+    return max(STORED.items(), key=lambda item: totals[item[0]])[1]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from shoal.configs.schema import ParallelConfig
-from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters, resolve_dtype, verify_checksums
-from shoal.model.families import build_spec, load_spec
+from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters
+from shoal.model.checkpoint_files import verify_checksums
+from shoal.model.families import load_spec
 from shoal.model.families.names import logical_shapes
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard, shard_model
@@ -131,17 +132,14 @@ def test_progress_reaches_the_shards_bytes(root: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_auto_takes_the_declared_type_else_the_files_type(root: Path, tmp_path: Path) -> None:
-    folder = copy(make_model("llama", root, dtype="bfloat16"), tmp_path)
-    spec, _ = load_spec(folder)
-    with Checkpoint(folder) as checkpoint:
-        assert resolve_dtype("auto", spec, checkpoint) == torch.bfloat16
-        assert resolve_dtype("float32", spec, checkpoint) == torch.float32
-    config = json.loads((folder / "config.json").read_text())
-    del config["dtype"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with Checkpoint(folder) as checkpoint:
-        assert resolve_dtype("auto", build_spec(config)[0], checkpoint) == torch.bfloat16
+def test_type_the_config_does_not_declare_is_taken_from_the_weights(root: Path, tmp_path: Path) -> None:
+    for stored, shard_size in (("bfloat16", "1GB"), ("float16", "40KB")):
+        folder = copy(make_model("llama", root, dtype=stored, max_shard_size=shard_size), tmp_path / stored)
+        assert load_spec(folder)[0].dtype == stored
+        edit_json(folder / "config.json", lambda config: config.pop("dtype"))
+        assert load_spec(folder)[0].dtype == stored
+    edit_json(folder / "config.json", lambda config: config.update(torch_dtype="float32"))
+    assert load_spec(folder)[0].dtype == "float32"
 
 
 # Damage
