@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,9 +35,10 @@ NativeMode = Literal["auto", "require", "off"]
 
 SOURCES = Path(__file__).parent / "native"
 BUILD_TIMEOUT_S = 180.0
-MAX_CACHED = 8  # libraries kept in the cache; older ones are deleted after a build
+MAX_CACHED = 8  # libraries kept in the cache; older ones are deleted after a build,
+MAX_OBJECTS = 128  # as are objects
 COMPILERS = ("cc", "gcc", "clang")
-BASE_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+BASE_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 # Tried in order: a compiler may lack OpenMP's runtime, or not know the processor.
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
@@ -234,32 +236,67 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
 
 
 def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path, timeout_s: float) -> None:
-    """Compile into a temporary file and move it to target, atomically. Raises NativeBuildError with the first
-    attempt's messages.
+    """Compile, link into a temporary file and move it to target, atomically. Raises NativeBuildError with the messages
+    of the first attempt.
     """
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    failure = ""
+    failure: NativeBuildError | None = None
     try:
         for optional in OPTIONAL_FLAGS:
-            command = [*compiler, *BASE_FLAGS, *optional, "-o", str(temporary), *map(str, sources), "-lm"]
+            command = [*compiler, *BASE_FLAGS, *optional]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-            except (OSError, subprocess.SubprocessError) as error:
-                raise NativeBuildError(f"{shlex.join(command)} failed: {error}") from error
-            if done.returncode == 0:
-                os.replace(temporary, target)
-                _forget_old(target.parent)
-                return
-            failure = failure or f"{shlex.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()}"
+                objects = _objects(command, _version(compiler), sources, target.parent, timeout_s)
+                _run([*command, "-shared", "-o", str(temporary), *map(str, objects), "-lm"], timeout_s)
+            except NativeBuildError as error:
+                failure = failure or error
+                continue
+            os.replace(temporary, target)
+            _forget_old(target.parent)
+            return
     finally:
         temporary.unlink(missing_ok=True)
-    raise NativeBuildError(failure)
+    assert failure is not None
+    raise failure
+
+
+def _objects(command: list[str], version: str, sources: list[Path], folder: Path, timeout_s: float) -> list[Path]:
+    """One object per source, compiled side by side unless it is there: a changed file costs its own compilation."""
+    shared = hashlib.sha256("\0".join([*command, version, _processor()]).encode())
+    for header in sorted(SOURCES.glob("*.h")):
+        shared.update(header.read_bytes())
+
+    def one(source: Path) -> Path:
+        digest = shared.copy()
+        digest.update(source.read_bytes())
+        path = folder / f"object-{source.stem}-{digest.hexdigest()[:20]}.o"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                _run([*command, "-c", "-o", str(temporary), str(source)], timeout_s)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return path
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(one, sources))
+
+
+def _run(command: list[str], timeout_s: float) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeBuildError(f"{shlex.join(command)} failed: {error}") from error
+    if done.returncode:
+        words = done.stderr.strip() or done.stdout.strip()
+        raise NativeBuildError(f"{shlex.join(command)} ended with status {done.returncode}:\n{words}")
 
 
 def _forget_old(folder: Path) -> None:
-    """Keep the newest MAX_CACHED libraries. A process that has one loaded keeps its mapping."""
-    with contextlib.suppress(OSError):
-        built = sorted(folder.glob("native-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in built[MAX_CACHED:]:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".lock").unlink(missing_ok=True)
+    """Keep the newest of what was built. A process that has a library loaded keeps its mapping."""
+    for pattern, count in (("native-*.so", MAX_CACHED), ("object-*.o", MAX_OBJECTS)):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            built = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in built[count:]:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".lock").unlink(missing_ok=True)

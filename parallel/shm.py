@@ -4,7 +4,7 @@ Sums are made in rank order, halves in float32, so every rank holds the same bit
 Operations are checked: ranks that mean different things (operation, number, dtype, shape) all get a CollectiveError
 that names who meant what; a rank that does not come within timeout_s, or has ended, is named together with what it
 was last doing. After an error the group cannot be used any more. Cost: one crossing into C and one synchronisation
-for up to 32 KiB. Waiting spins briefly, then yields, then sleeps.
+for up to 32 KiB. Waiting spins briefly, then sleeps.
 """
 
 import ctypes
@@ -38,7 +38,6 @@ from shoal.parallel.shm_segment import MAX_RANKS, MEMBER_BYTES, MEMBERS_AT, Shar
 
 TIMEOUT, DEAD, ABORTED, MISMATCH = 1, 2, 3, 4
 SPINS = 2000  # at most: about 100 us of pause instructions; adapted to whether it helps
-YIELDS = 5
 
 _handle, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -59,12 +58,11 @@ class _Group(ctypes.Structure):
         ("index", _int),
         ("most_spins", _int),
         ("spin", _int),
-        ("yields", _int),
-        ("unused", _int),
         ("ranks", _int * MAX_RANKS),
         ("syncs", ctypes.c_uint32),
         ("ops", ctypes.c_uint32),
         ("chunks", ctypes.c_uint32),
+        ("waits", ctypes.c_uint32),
         ("sent", ctypes.c_uint32 * MAX_RANKS),
         ("received", ctypes.c_uint32 * MAX_RANKS),
         ("missing", ctypes.c_uint64),
@@ -97,7 +95,6 @@ class ShmCommunicator(Communicator):
             size=self.size,
             index=group_index,
             most_spins=0 if crowded else SPINS,
-            yields=YIELDS,
             ranks=(_int * MAX_RANKS)(*spec.ranks),
         )
         self._at = ctypes.addressof(self._group)

@@ -30,9 +30,9 @@ typedef struct {
     uint8_t *segment, *base;
     int64_t slot_bytes, ring_bytes;
     double timeout_s, deadline_s;
-    int32_t fd, rank, size, index, most_spins, spin, yields, unused;
+    int32_t fd, rank, size, index, most_spins, spin;
     int32_t ranks[SHOAL_MAX_RANKS];
-    uint32_t syncs, ops, chunks;
+    uint32_t syncs, ops, chunks, waits;
     uint32_t sent[SHOAL_MAX_RANKS], received[SHOAL_MAX_RANKS];
     uint64_t missing, dead; /* bit per member, set when an operation fails */
     shoal_header theirs;    /* the peer's header when a received message does not match */

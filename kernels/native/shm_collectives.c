@@ -6,16 +6,14 @@
  * and the result does not depend on the chunks.
  */
 #ifdef __linux__
-#include "half.h"
 #include "shm.h"
-
-#include <string.h>
+#include "vector.h"
 
 #define MEMBERS_AT 192
 #define FLAT_BYTES 32768 /* up to here every rank adds up everything itself: one synchronisation instead of two */
 #define BLOCK 512        /* elements summed at a time, in registers and the first-level cache */
 
-enum { F32 = 1, F64 = 2, BF16 = 3, F16 = 4, I32 = 5, I64 = 6 };
+enum { SUM_F32 = 1, SUM_F64 = 2, SUM_BF16 = 3, SUM_F16 = 4, SUM_I32 = 5, SUM_I64 = 6 }; /* codes of parallel/agreement.py */
 
 static _Atomic uint32_t *counter(shoal_group *g) { return (_Atomic uint32_t *)g->base; }
 static _Atomic uint32_t *generation(shoal_group *g) { return (_Atomic uint32_t *)(g->base + 64); }
@@ -71,38 +69,38 @@ static int agree(shoal_group *g, const shoal_header *header) {
         }                                                                                        \
     }
 
-#define DEFINE_HALF_SUM(NAME, LOAD, STORE)                                                       \
-    static void NAME(void *out, const void *const *in, int n, int64_t from, int64_t to) {        \
-        for (int64_t i = from; i < to; i += BLOCK) {                                             \
-            int64_t count = to - i < BLOCK ? to - i : BLOCK;                                     \
-            float sum[BLOCK];                                                                    \
-            for (int m = 0; m < n; m++) {                                                        \
-                const uint16_t *x = (const uint16_t *)in[m] + i;                                 \
-                if (m == 0)                                                                      \
-                    for (int64_t j = 0; j < count; j++) sum[j] = LOAD(x[j]);                     \
-                else                                                                             \
-                    for (int64_t j = 0; j < count; j++) sum[j] += LOAD(x[j]);                    \
-            }                                                                                    \
-            for (int64_t j = 0; j < count; j++) ((uint16_t *)out)[i + j] = STORE(sum[j]);        \
-        }                                                                                        \
+/* Halves, summed in float32 and rounded once. */
+INLINE void sum_halves(int type, uint16_t *out, const void *const *in, int n, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i += LANES) {
+        int64_t count = to - i;
+        vf sum = splat(0.0f);
+        for (int m = 0; m < n; m++) {
+            const uint16_t *x = (const uint16_t *)in[m] + i;
+            vf value = count >= LANES ? load(x, type) : load_part(x, type, count);
+            sum = m == 0 ? value : sum + value;
+        }
+        if (count >= LANES) store(out + i, type, sum);
+        else store_part(out + i, type, sum, count);
     }
+}
+
+static void sum_bf16(void *out, const void *const *in, int n, int64_t from, int64_t to) { sum_halves(BF16, out, in, n, from, to); }
+static void sum_f16(void *out, const void *const *in, int n, int64_t from, int64_t to) { sum_halves(F16, out, in, n, from, to); }
 
 DEFINE_SUM(sum_f32, float)
 DEFINE_SUM(sum_f64, double)
 DEFINE_SUM(sum_i32, uint32_t) /* unsigned: wraps around as torch's integers do */
 DEFINE_SUM(sum_i64, uint64_t)
-DEFINE_HALF_SUM(sum_bf16, shoal_bf16_to_f32, shoal_f32_to_bf16)
-DEFINE_HALF_SUM(sum_f16, shoal_f16_to_f32, shoal_f32_to_f16)
 
 typedef void (*sum_function)(void *, const void *const *, int, int64_t, int64_t);
 
 static sum_function sum_of(uint32_t dtype, int64_t *width) {
     switch (dtype) {
-    case F32: *width = 4; return sum_f32;
-    case F64: *width = 8; return sum_f64;
-    case BF16: *width = 2; return sum_bf16;
-    case F16: *width = 2; return sum_f16;
-    case I32: *width = 4; return sum_i32;
+    case SUM_F32: *width = 4; return sum_f32;
+    case SUM_F64: *width = 8; return sum_f64;
+    case SUM_BF16: *width = 2; return sum_bf16;
+    case SUM_F16: *width = 2; return sum_f16;
+    case SUM_I32: *width = 4; return sum_i32;
     default: *width = 8; return sum_i64;
     }
 }

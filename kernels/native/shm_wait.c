@@ -1,4 +1,8 @@
-/* Waiting on words in shared memory: spin briefly, yield, then sleep on a futex; notice deadlines, aborts and dead peers. */
+/* Waiting on words in shared memory: spin briefly, then sleep on a futex; notice deadlines, aborts and dead peers.
+ *
+ * How long to spin is learnt: doubled when it was worth it, halved when not, so that ranks that share a core do not hold it. No
+ * sched_yield: on a busy machine it hands the core to strangers for whole time slices.
+ */
 #define _GNU_SOURCE
 #ifdef __linux__
 #include "shm.h"
@@ -6,13 +10,13 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define LEAST_SPINS 16
+#define PROBE 64 /* every so many waits, spin as long as allowed */
 #define NAP_NS 10000000 /* how long a sleeping waiter takes to notice an abort or a death */
 
 static double now_s(void) {
@@ -50,6 +54,7 @@ static uint64_t dead_peers(shoal_group *g, uint64_t peers) {
 }
 
 int shoal_wait_change(shoal_group *g, _Atomic uint32_t *word, uint32_t old, _Atomic uint32_t *sleepers, uint64_t peers) {
+    if (++g->waits % PROBE == 0) g->spin = g->most_spins; /* things may have changed */
     for (int i = 0; i < g->spin; i++) {
         if (atomic_load_explicit(word, memory_order_acquire) != old) {
             g->spin = 2 * g->spin < g->most_spins ? 2 * g->spin : g->most_spins;
@@ -58,10 +63,6 @@ int shoal_wait_change(shoal_group *g, _Atomic uint32_t *word, uint32_t old, _Ato
         relax();
     }
     g->spin = g->spin / 2 > LEAST_SPINS ? g->spin / 2 : LEAST_SPINS; /* in vain: the peer is busy or has no core, let it have ours */
-    for (int i = 0; i < g->yields; i++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != old) return SHOAL_OK;
-        sched_yield();
-    }
     const struct timespec nap = {0, NAP_NS};
     if (g->deadline_s == 0) g->deadline_s = now_s() + g->timeout_s;
     for (;;) {

@@ -60,6 +60,19 @@ def test_is_built_once_per_content(sandbox):
     assert not list(first.path.parent.glob("*.tmp"))
 
 
+def test_a_changed_file_costs_its_own_compilation_only(sandbox):
+    (sandbox / "other.c").write_text("int shoal_other(void) { return 7; }\n")
+    folder = build.build_native("require").path.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("object-*.o")}
+    (sandbox / "answer.c").write_text(SOURCE % 5)
+    build.build_native("require")
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("object-*.o")}
+    assert len(before) == 2 and len(after) == 3 and before.items() <= after.items()
+    (sandbox / "any.h").write_text("/* headers concern every file */\n")
+    build.build_native("require")
+    assert len(list(folder.glob("object-*.o"))) == 5
+
+
 def test_many_builders_at_once_agree(sandbox):
     with ThreadPoolExecutor(4) as pool:
         builds = list(pool.map(lambda _: build.build_native("require"), range(4)))
