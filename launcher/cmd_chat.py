@@ -16,6 +16,7 @@ from shoal.configs.sampling import SamplingParams
 from shoal.launcher.loop_thread import LoopThread
 from shoal.launcher.session import Session, open_session_shown
 from shoal.server.outputs import RequestOutput
+from shoal.server.tokenizer import Tokenizer
 
 _HELP = """/reset  forget the conversation
 /stats  tokens of the conversation, speed of the last answer
@@ -25,18 +26,36 @@ _HELP = """/reset  forget the conversation
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     """Chat until the input ends; returns the exit status 0. Raises ValueError and EngineError."""
+    _check_sampling(resolved)
     loop = LoopThread("shoal-chat")
     try:
-        session = loop.run(open_session_shown(resolved))
+        session = loop.run(open_session_shown(resolved, lambda tokenizer: _check_template(tokenizer, args.system)))
         try:
-            chat = Chat(loop, session, args.system)
-            chat.check()
-            chat.talk()
+            Chat(loop, session, args.system).talk()
         finally:
             loop.run(session.close())
     finally:
         loop.stop()
     return 0
+
+
+def _check_sampling(resolved: ResolvedConfig) -> None:
+    """Raise ValueError for a setting that has no meaning in a chat."""
+    sampling = resolved.sampling_params()
+    for name, usual in (("n", 1), ("logprobs", None), ("prompt_logprobs", None), ("detokenize", True)):
+        if getattr(sampling, name) != usual:
+            raise ValueError(f"sampling.{name} = {getattr(sampling, name)}: has no effect in a chat; leave it out")
+
+
+def _check_template(tokenizer: Tokenizer | None, system: str | None) -> None:
+    """Raise ValueError when the model cannot chat: no tokenizer, no chat template, or none for this system message."""
+    if tokenizer is None:
+        raise ValueError("a chat needs a tokenizer: leave skip_tokenizer_init out")
+    tokenizer.apply_chat_template([*_opening(system), {"role": "user", "content": "hello"}])
+
+
+def _opening(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 @dataclass(slots=True)
@@ -74,18 +93,8 @@ class Chat:
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.messages = _opening(self.system)
         self._last = None
-
-    def check(self) -> None:
-        """Raise ValueError when the model cannot chat (no tokenizer, no chat template) or a setting has no meaning in a
-        chat.
-        """
-        sampling = self._sampling()
-        for name, usual in (("n", 1), ("logprobs", None), ("prompt_logprobs", None), ("detokenize", True)):
-            if getattr(sampling, name) != usual:
-                raise ValueError(f"sampling.{name} = {getattr(sampling, name)}: has no effect in a chat; leave it out")
-        self.session.front_end.chat_prompt([*self.messages, {"role": "user", "content": "hello"}])
 
     def talk(self) -> None:
         """Read and answer until the input ends or /exit."""

@@ -25,6 +25,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{name}-pool")
+        self._loop.set_default_executor(self._pool)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -54,16 +56,21 @@ class LoopThread:
             started.append(task)
             task.add_done_callback(lambda done: _copy_result(done, finished))
 
-        try:
+        def end() -> None:
+            if started:
+                started[0].cancel()
+            else:
+                coroutine.close()
+                finished.set_exception(concurrent.futures.CancelledError("interrupted before it began"))
+
+        try:  # an interrupt may come anywhere in here
             self._loop.call_soon_threadsafe(start)
-        except RuntimeError:
-            coroutine.close()
-            raise
-        try:
             return finished.result(timeout_s)
         except BaseException:
-            if not finished.done():
-                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in started])
+            if self._loop.is_closed():
+                coroutine.close()
+            elif not finished.done():
+                self._loop.call_soon_threadsafe(end)
                 concurrent.futures.wait([finished], _CANCEL_TIMEOUT_S)
             raise
 
@@ -100,6 +107,7 @@ class LoopThread:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._pool.shutdown(wait=False, cancel_futures=True)
             self._loop.close()
 
 

@@ -45,8 +45,15 @@ class Session:
         await self.front_end.client.close()
 
 
-async def open_session(resolved: ResolvedConfig, on_progress: Callable[[Starting], None] | None = None) -> Session:
-    """Find the checkpoint, read its tokenizer, start the engine. on_progress: told what the start is doing.
+async def open_session(
+    resolved: ResolvedConfig,
+    on_progress: Callable[[Starting], None] | None = None,
+    check_tokenizer: Callable[[Tokenizer | None], None] | None = None,
+) -> Session:
+    """Find the checkpoint, read its tokenizer, start the engine.
+
+    on_progress: told what the start is doing. check_tokenizer: raises ValueError for one that will not do (None with
+    skip_tokenizer_init), before the engine is started.
 
     Raises ConfigError or ValueError for what cannot be used, before a process starts; EngineError when the start fails.
     """
@@ -60,6 +67,8 @@ async def open_session(resolved: ResolvedConfig, on_progress: Callable[[Starting
     tokenizer = None
     if not model.skip_tokenizer_init:
         tokenizer = await asyncio.to_thread(_read_tokenizer, model.tokenizer, model_dir)
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer)
     eos_token_ids = read_eos_token_ids(model_dir, tokenizer)
     started = await start_engine(resolved, model_dir, on_progress)
     try:
@@ -78,11 +87,13 @@ async def open_session(resolved: ResolvedConfig, on_progress: Callable[[Starting
     return Session(resolved, model_dir, front_end, started.report)
 
 
-async def open_session_shown(resolved: ResolvedConfig) -> Session:
+async def open_session_shown(
+    resolved: ResolvedConfig, check_tokenizer: Callable[[Tokenizer | None], None] | None = None
+) -> Session:
     """`open_session` for a command: its progress, then the choices made and the memory table, on standard error."""
     line = StartLine()
     try:
-        session = await open_session(resolved, line)
+        session = await open_session(resolved, line, check_tokenizer)
     finally:
         line.clear()
     print(session.report, file=sys.stderr)
