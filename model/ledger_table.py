@@ -21,9 +21,15 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def concurrency_line(plan: CachePlan) -> str:
-    """Largest context x concurrency, and the same for shorter contexts."""
-    lengths = dict.fromkeys(max(1, plan.max_model_len // part) for part in SHORTER)
-    return ", ".join(f"{length} tokens x {plan.concurrency(length):.1f} sequences" for length in lengths)
+    """Largest context x concurrency, then shorter contexts until max_num_seqs is the limit."""
+    entries: list[str] = []
+    for length in dict.fromkeys(max(1, plan.max_model_len // part) for part in SHORTER):
+        count = plan.concurrency(length)
+        capped = " (max_num_seqs)" if count == plan.max_num_seqs else ""
+        entries.append(f"{length} tokens x {count:.1f} sequences{capped}")
+        if capped:
+            break
+    return ", ".join(entries)
 
 
 def format_ledger(
@@ -36,14 +42,14 @@ def format_ledger(
 
     plan: None when the devices' memory is not known; the cache columns are left out then.
     """
-    head = ["rank", "stage", "tensor", "layers", "weights", "activations", "reserve"]
+    head = ["rank", "stage", "shard", "layers", "weights", "activations", "reserve"]
     rows = [head + (["KV cache", "sum", "may use"] if plan else [])]
     for index, (report, shard) in enumerate(zip(reports, shards, strict=True)):
         rest = report.weights_bytes + report.activation_bytes + reserve_bytes
         row = [
             str(report.rank),
-            f"{shard.pp_rank + 1}/{shard.pp_size}",
-            f"{shard.tp_rank + 1}/{shard.tp_size}",
+            str(shard.pp_rank),
+            str(shard.tp_rank),
             f"{shard.first_layer}-{shard.last_layer - 1}",
             size(report.weights_bytes),
             size(report.activation_bytes),

@@ -201,11 +201,12 @@ def test_table_shows_every_rank_and_the_largest_context() -> None:
     reports = estimate_reports(spec, shards, settings, itemsize=2, available_bytes=8 << 30)
     planned = plan_cache(reports, spec.cache_windows, settings, max_model_len=4096, device_type="cuda")
     lines = format_ledger(reports, shards, settings.cache.reserve, planned).splitlines()
-    head = ["rank", "stage", "tensor", "layers", "weights", "activations", "reserve", "KV cache", "sum", "may use"]
+    head = ["rank", "stage", "shard", "layers", "weights", "activations", "reserve", "KV cache", "sum", "may use"]
     assert re.split(r"  +", lines[0]) == head
     assert len(lines) == 1 + 4 + 2
-    assert lines[1].split()[:4] == ["0", "1/2", "1/2", "0-15"]
-    assert "4096 tokens x" in lines[-1]
+    assert lines[1].split()[:4] == ["0", "0", "0", "0-15"]
+    assert lines[-1].startswith("largest context x concurrency: 4096 tokens x ")
+    assert lines[-1].endswith(" sequences (max_num_seqs)")
     assert "KV cache" not in format_ledger(reports, shards, settings.cache.reserve)
 
 
