@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from shoal.kernels.activation import activation, gated_activation
+from shoal.kernels.activation import activation, gated_activation, sigmoid
 from shoal.kernels.linear import linear
 from shoal.kernels.moe_routing import moe_routing
 from shoal.model.shard import ModelShard
@@ -98,7 +98,7 @@ class MoeFeedForward:
         if self.shared is not None:
             shared_TH = self.shared.partial(x_TH)
             if self.shared_gate is not None:
-                shared_TH *= torch.sigmoid(linear(x_TH, self.shared_gate, deterministic=self.deterministic))
+                shared_TH *= sigmoid(linear(x_TH, self.shared_gate, deterministic=self.deterministic))
             out_TH += shared_TH
         return out_TH
 

@@ -17,7 +17,7 @@ class Experts:
     """Gated experts: down(act(gate(x)) * up(x)), weighted and summed over a token's experts.
 
     gate_up: [E, 2 F, H], gate's columns before up's; down: [E, H, F]; expert_range: the experts held; activation: a
-    key of kernels.activation.ACTIVATIONS. A token's experts are summed in rising order of their number, in float32,
+    key of kernels.activation.KINDS. A token's experts are summed in rising order of their number, in float32,
     so a token's result does not depend on the others when deterministic. Layout in: x and the routing whole on every
     rank; `partial` out: this rank's part of the sum; calling adds the all-reduce over the group.
     """

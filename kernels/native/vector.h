@@ -161,4 +161,21 @@ INLINE vf tanh_lanes(vf x) {
     return choose(magnitude < splat(0.625f), p, large);
 }
 
+/* erf x: a rational function of x within [-4, 4], beyond which it is 1 or -1 in float32. */
+INLINE vf erf_lanes(vf x) {
+    x = choose(x > splat(4.0f), splat(4.0f), choose(x < splat(-4.0f), splat(-4.0f), x));
+    vf z = x * x, p = splat(-2.72614225801306e-10f), q = splat(-1.45660718464996e-05f);
+    p = p * z + splat(2.77068142495902e-08f);
+    p = p * z + splat(-2.10102402082508e-06f);
+    p = p * z + splat(-5.69250639462346e-05f);
+    p = p * z + splat(-7.34990630326855e-04f);
+    p = p * z + splat(-2.95459980854025e-03f);
+    p = p * z + splat(-1.60960333262415e-02f);
+    q = q * z + splat(-2.13374055278905e-04f);
+    q = q * z + splat(-1.68282697438203e-03f);
+    q = q * z + splat(-7.37332916720468e-03f);
+    q = q * z + splat(-1.42647390514189e-02f);
+    return x * p / q;
+}
+
 #endif
