@@ -116,7 +116,7 @@ class RankLinks:
             try:
                 channel.send_frame(frame, timeout_s)
             except ControlTimeout:
-                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", rank)
+                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", rank, self.doing())
             except ControlError as error:
                 self._hung_up[rank] = str(error)
                 self._hear()

@@ -68,8 +68,12 @@ ENGINE_BOOTSTRAP: "msgspec.msgpack.Decoder[EngineBootstrap]" = msgspec.msgpack.D
 
 
 def fingerprint(config: ShoalConfig, spec: DecoderSpec) -> str:
-    """What all ranks must agree on: settings, as they were given, and decoder. The folders may differ between hosts."""
-    anywhere = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=None, tokenizer=None))
+    """What all ranks must agree on: settings, as they were given, and decoder.
+
+    Folders may differ between hosts, and defaults of sampling are the front end's alone.
+    """
+    model = msgspec.structs.replace(config.model, path=None, tokenizer=None)
+    anywhere = msgspec.structs.replace(config, model=model, sampling={})
     return hashlib.sha256(msgspec.msgpack.encode((anywhere, spec))).hexdigest()[:16]
 
 

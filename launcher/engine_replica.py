@@ -20,6 +20,7 @@ from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import Listener
 
 ACCEPT_SLICE_S = 0.2
+START_SLACK_S = 5.0
 STOP_SLACK_S = 1.0
 
 logger = logging.getLogger("shoal")
@@ -53,8 +54,8 @@ class EngineReplica(ReplicaHandle):
         """The same, given a moment to be told; empty when nothing is known."""
 
     async def ready(self, timeout_s: float, on_progress: Progress | None = None) -> Ready:
-        """Wait until the engine takes requests."""
-        deadline = time.monotonic() + timeout_s
+        """Wait until the engine takes requests. It keeps the limit itself and says more; here is some slack."""
+        deadline = time.monotonic() + timeout_s + START_SLACK_S
         try:
             self._channel = await self._accept(deadline)
             ready = await self._follow_start(self._channel, deadline, on_progress)

@@ -91,6 +91,9 @@ class EngineServer:
         self._front.send(rejected, SEND_TIMEOUT_S)
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
+        """Send a step's deltas. Once the core has failed, the Failure that follows is what ends the streams."""
+        if self._core.failure is not None:
+            deltas = [delta for delta in deltas if delta.finish_reason != "error"]
         if deltas:
             self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
             self._front.send(Outputs(deltas=deltas), SEND_TIMEOUT_S)

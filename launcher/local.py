@@ -1,7 +1,9 @@
 """Replicas on this host: the zygote as an event loop sees it, and the replica whose engine it forks."""
 
 import asyncio
+import signal
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,6 +17,18 @@ from shoal.parallel.control_connect import Listener
 
 ENGINE_ENTRY = "shoal.launcher.engine_process:main"
 EXIT_WAIT_S = 1.0
+
+
+class Child(NamedTuple):
+    """A forked process. ended: how, once it has."""
+
+    process_id: int
+    ended: "asyncio.Future[Exited]"
+
+    async def has_ended(self, timeout_s: float) -> bool:
+        """Whether it ends within timeout_s."""
+        await asyncio.wait([self.ended], timeout=timeout_s)
+        return self.ended.done()
 
 
 class LocalProcesses:
@@ -45,14 +59,18 @@ class LocalProcesses:
         if not self._closed:
             self._loop.add_reader(self._zygote.connection.fileno(), self._read)
 
-    def fork(self, name: str, entry: str, payload: bytes, supervises: bool = False) -> "asyncio.Future[Exited]":
-        """Start a child; the future tells how it ends. Raises EngineError."""
+    def fork(self, name: str, entry: str, payload: bytes, supervises: bool = False) -> "Child":
+        """Start a child. Raises EngineError."""
         try:
             process_id = self._zygote.connection.fork(name, entry, payload, supervises)
         except LaunchError as error:
             raise EngineError(str(error)) from None
         ended = self._ended[process_id] = self._loop.create_future()
-        return ended
+        return Child(process_id, ended)
+
+    def kill(self, child: "Child") -> None:
+        """Kill a child, and with it the children forked through it; one that has ended is no error."""
+        self._zygote.connection.signal(child.process_id, signal.SIGKILL)
 
     def _read(self) -> None:
         try:
@@ -91,22 +109,29 @@ class LocalReplica(EngineReplica):
     ) -> None:
         super().__init__(listener, bootstrap, where=where, on_listening=on_listening)
         self._processes = processes
-        self._ended: asyncio.Future[Exited] | None = None
+        self._engine: Child | None = None
 
     async def start(self) -> None:
         """Fork the engine."""
         payload = msgspec.msgpack.encode(self.bootstrap)
-        self._ended = self._processes.fork(f"engine {self.bootstrap.replica}", ENGINE_ENTRY, payload, supervises=True)
+        self._engine = self._processes.fork(f"engine {self.bootstrap.replica}", ENGINE_ENTRY, payload, supervises=True)
+
+    async def stop(self) -> None:
+        """The same, and kill the engine when it has not ended then."""
+        await super().stop()
+        if self._engine is not None and not await self._engine.has_ended(EXIT_WAIT_S):
+            self._processes.kill(self._engine)
+            await self._engine.has_ended(EXIT_WAIT_S)
 
     def how_ended(self) -> str | None:
         """From the zygote."""
-        if self._ended is None or not self._ended.done():
+        if self._engine is None or not self._engine.ended.done():
             return None
-        exited = self._ended.result()
+        exited = self._engine.ended.result()
         return f"the engine process {describe_exit(exited)}\n{exited.log}".strip()
 
     async def explain(self) -> str:
         """The zygote's word follows the hangup closely."""
-        if self._ended is not None:
-            await asyncio.wait([self._ended], timeout=EXIT_WAIT_S)
+        if self._engine is not None:
+            await self._engine.has_ended(EXIT_WAIT_S)
         return self.how_ended() or ""

@@ -71,14 +71,14 @@ async def count_gpus(processes: LocalProcesses, config: ShoalConfig) -> int:
     await processes.loaded()
     if config.runtime.device == "cpu" or not processes.cuda:
         return 0
-    ended = processes.fork("probe", "shoal.launcher.probe:main", b"")
+    child = processes.fork("probe", "shoal.launcher.probe:main", b"")
+    if not await child.has_ended(PROBE_TIMEOUT_S):
+        raise EngineError(f"torch did not count the GPUs within {PROBE_TIMEOUT_S:g} s; is the driver well?")
+    log = child.ended.result().log
     try:
-        exited = await asyncio.wait_for(ended, PROBE_TIMEOUT_S)
-        return probe.read_count(exited.log)
-    except TimeoutError:
-        raise EngineError(f"torch did not count the GPUs within {PROBE_TIMEOUT_S:g} s; is the driver well?") from None
+        return probe.read_count(log)
     except ValueError:
-        raise EngineError(f"torch could not count the GPUs:\n{exited.log}") from None
+        raise EngineError(f"torch could not count the GPUs:\n{log}") from None
 
 
 def make_replicas(

@@ -160,7 +160,9 @@ class Zygote:
         self._loaded = False
 
     def loaded(self, timeout_s: float) -> None:
-        """Wait until it can fork; sets `cuda`. Raises LaunchError with the cause when it cannot."""
+        """Wait until it can fork; sets `cuda`. Raises LaunchError with the cause when it cannot. Idempotent."""
+        if self._loaded:
+            return
         try:
             message = self._channel.receive(timeout_s)
         except ControlError as error:

@@ -4,8 +4,6 @@ engine's side; no torch.
     Hello (all alike?) -> Begin -> Loading ... -> Profiled -> Allocate (blocks: the minimum over ranks) -> CacheReady
 """
 
-import logging
-import selectors
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,36 +14,31 @@ from shoal.engine.executor import Capacity, ExecutorFailed
 from shoal.engine.multi_rank_executor import MultiRankExecutor
 from shoal.engine.rank_links import RankExit, RankLinks, RankRefused, Supervisor
 from shoal.engine.rank_messages import (
-    FROM_RANK,
     Allocate,
     Begin,
     CacheReady,
     FromRank,
-    Hello,
     Loading,
-    LogLine,
     Profiled,
-    RankFailure,
 )
-from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap, versions
+from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.capacity import make_capacity
 from shoal.launcher.processes import ZygoteConnection, describe_exit
+from shoal.launcher.rank_arrivals import RankArrivals, check_alike
 from shoal.launcher.rendezvous import Rendezvous, make_rendezvous
 from shoal.launcher.replica_messages import Starting
 from shoal.launcher.zygote_messages import Exited
 from shoal.model.ledger import MemoryReport, plan_cache
 from shoal.model.ledger_table import format_ledger
-from shoal.parallel.control import Channel, ControlError
+from shoal.parallel.control import Channel
 from shoal.parallel.control_connect import Listener
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 RANK_ENTRY = "shoal.launcher.rank_process:main"
-HELLO_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
 POLL_S = 0.25
-
-logger = logging.getLogger("shoal.ranks")
 
 
 class LocalRanks(Supervisor):
@@ -97,6 +90,7 @@ class RankGroup:
         self._size = len(bootstrap.shards)
         self._supervisor = LocalRanks(connection)
         self._deadline = time.monotonic() + self._config.launcher.start_timeout_s
+        self._channels: list[Channel[FromRank]] = []
         self._links: RankLinks | None = None
         self._rendezvous: Rendezvous | None = None
 
@@ -107,9 +101,9 @@ class RankGroup:
                 self._supervisor.start(self._rank_bootstrap(rank, device))
             links = self._links = RankLinks(self._connected(), self._supervisor)
             self._rendezvous = make_rendezvous(self._config, self._bootstrap.listen_host)
-            links.broadcast(Begin(rendezvous=self._rendezvous.address), HELLO_TIMEOUT_S)
+            links.broadcast(Begin(rendezvous=self._rendezvous.address), SEND_TIMEOUT_S)
             capacity, report = self._sized(self._profiled(links))
-            links.broadcast(Allocate(num_blocks=[group.num_blocks for group in capacity.groups]), HELLO_TIMEOUT_S)
+            links.broadcast(Allocate(num_blocks=[group.num_blocks for group in capacity.groups]), SEND_TIMEOUT_S)
             self._gather(links, CacheReady, "allocating the cache")
         except BaseException as error:
             self.kill()
@@ -131,8 +125,8 @@ class RankGroup:
     def kill(self) -> None:
         """End what there is of the group."""
         self._supervisor.kill()
-        if self._links is not None:
-            self._links.close()
+        for channel in self._channels:
+            channel.close()
 
     def _rank_bootstrap(self, rank: int, device: str) -> RankBootstrap:
         boot = self._bootstrap
@@ -159,72 +153,16 @@ class RankGroup:
         return min(left, POLL_S)
 
     def _connected(self) -> "list[Channel[FromRank]]":
-        """A channel per rank, in order, once all have said Hello and agree."""
-        arrived: dict[int, tuple[Channel[FromRank], Hello]] = {}
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            if self._supervisor.fileno() is not None:
-                selector.register(self._supervisor, selectors.EVENT_READ)  # type: ignore[arg-type]
-            while len(arrived) < self._size:
-                missing = ", ".join(str(rank) for rank in range(self._size) if rank not in arrived)
-                self._tell(Starting(doing=f"waiting for rank {missing}"))
-                for key, _ in selector.select(self._left(f"rank {missing} did not connect")):
-                    if key.fileobj is self._listener:
-                        self._welcome(arrived)
-                    else:
-                        for exited in self._supervisor.ended():
-                            raise ExecutorFailed(f"{exited.how} before it connected", exited.rank, exited.log.strip())
-        self._agree([hello for _, hello in arrived.values()])
-        return [arrived[rank][0] for rank in range(self._size)]
+        """A channel per rank, in order, once all have said Hello and are alike."""
 
-    def _welcome(self, arrived: "dict[int, tuple[Channel[FromRank], Hello]]") -> None:
-        """Let one rank in. Strangers are turned away by the listener; that is no error of the start."""
-        try:
-            channel = self._listener.accept(self._bootstrap.key, FROM_RANK, "a rank", POLL_S)
-        except ControlError:
-            return
-        hello = self._introduction(channel)
-        if not 0 <= hello.rank < self._size or hello.rank in arrived:
-            channel.close()
-            raise ExecutorFailed(
-                f"introduced itself, but the replica has ranks 0 to {self._size - 1}, each once", hello.rank
-            )
-        channel.peer = f"rank {hello.rank}"
-        arrived[hello.rank] = (channel, hello)
+        def left(missing: str) -> float:
+            self._tell(Starting(doing=f"waiting for rank {missing}"))
+            return self._left(f"rank {missing} did not connect")
 
-    @staticmethod
-    def _introduction(channel: "Channel[FromRank]") -> Hello:
-        """The Hello of a rank that just connected, past its log lines. Raises ExecutorFailed when it fails instead."""
-        deadline = time.monotonic() + HELLO_TIMEOUT_S
-        while True:
-            try:
-                message = channel.receive(max(0.0, deadline - time.monotonic()))
-            except ControlError as error:
-                raise ExecutorFailed(f"a rank connected and did not introduce itself: {error}") from None
-            match message:
-                case Hello():
-                    return message
-                case LogLine():
-                    logger.log(message.level, "rank %d: %s", message.rank, message.text)
-                case RankFailure():
-                    raise ExecutorFailed(message.cause, message.rank, message.detail)
-
-    def _agree(self, hellos: list[Hello]) -> None:
-        """Raise ExecutorFailed when a rank runs something else than the others."""
-        expected = {
-            "runs other versions": ("versions", versions()),
-            "was given other settings or another model": ("config", self._bootstrap.config_fingerprint),
-            "has other C kernels": ("native", min(hellos, key=lambda hello: hello.rank).native),
-        }
-        for hello in hellos:
-            for what, (field, value) in expected.items():
-                got = getattr(hello, field)
-                if got != value:
-                    raise ExecutorFailed(
-                        f"{what} than the engine's host: {got or 'none'} on {hello.host}, expected {value or 'none'}; "
-                        "install the same on every host and start all with the same command",
-                        hello.rank,
-                    )
+        arrivals = RankArrivals(self._listener, self._bootstrap.key, self._size, self._supervisor).wait(left)
+        self._channels = [channel for channel, _ in arrivals]
+        check_alike([hello for _, hello in arrivals], self._bootstrap.config_fingerprint)
+        return self._channels
 
     def _profiled(self, links: RankLinks) -> list[MemoryReport]:
         """Every rank's memory report, in rank order."""

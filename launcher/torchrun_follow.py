@@ -16,23 +16,27 @@ from shoal.launcher.local import ENGINE_ENTRY
 from shoal.launcher.local_start import device_of, start_processes
 from shoal.launcher.rank_process import run_rank
 from shoal.launcher.torchrun_world import RankOrders, Store, World, introduce, read_world, watch_parent
+from shoal.model.checkpoint_files import verify_checksums
 from shoal.model.families import load_spec
 from shoal.model.spec import DecoderSpec
 
 
 def follow(resolved: ResolvedConfig) -> int:
     """Do this process's part of the launch; returns its exit status. Raises ValueError, EngineError."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # world rank 0 decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, also from within torch; what it started ends with it
     config = resolved.config
     if config.model.path is None:
         raise ValueError("model.path is not set: give a folder with config.json, a Hugging Face hub id, or demo")
     model_dir = resolve_model_path(config.model.path, config.model.revision)
     spec, _ = load_spec(model_dir)
+    if config.model.checksums is not None and os.environ["LOCAL_RANK"] == "0":  # another host than world rank 0's
+        verify_checksums(model_dir, config.model.checksums)
     return follow_model(config, spec, model_dir)
 
 
 def follow_model(config: ShoalConfig, spec: DecoderSpec, model_dir: Path | None, worker: str = WORKER) -> int:
     """The same once the model is known. worker: to be imported early; which one runs is world rank 0's word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # world rank 0 decides
     world = read_world(os.environ)
     watch_parent()
     if world.rank % config.ranks_per_replica == 0:
@@ -54,8 +58,8 @@ async def _lead(world: World, config: ShoalConfig, spec: DecoderSpec, model_dir:
         model = msgspec.structs.replace(bootstrap.model, model_dir=None if model_dir is None else str(model_dir))
         bootstrap = msgspec.structs.replace(bootstrap, model=model)
         await processes.loaded()
-        ended = processes.fork(f"engine {number}", ENGINE_ENTRY, msgspec.msgpack.encode(bootstrap), supervises=True)
-        exited = await ended
+        engine = processes.fork(f"engine {number}", ENGINE_ENTRY, msgspec.msgpack.encode(bootstrap), supervises=True)
+        exited = await engine.ended
         return 0 if exited.status == 0 else 1
     finally:
         await processes.close()

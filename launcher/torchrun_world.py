@@ -21,7 +21,7 @@ from shoal.model.shard import ModelShard
 from shoal.parallel.control_connect import address_towards
 
 WATCH_INTERVAL_S = 0.5
-STORE_SLICE_S = 5.0
+STORE_POLL_S = 0.1  # its own wait writes warnings, and cannot be interrupted
 
 
 class World(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,17 +110,16 @@ class Store:
     def take(self, name: str, kind: Any, waiting_for: str) -> Any:
         """The value of a name, waited for. Raises EngineError saying what was waited for."""
         deadline = time.monotonic() + self._timeout_s
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise EngineError(f"waited {self._timeout_s:g} s (launcher.start_timeout_s) for {waiting_for}")
-            try:
-                self._store.wait([name], timedelta(seconds=min(left, STORE_SLICE_S)))
-            except RuntimeError as error:
-                if "timeout" in str(error).lower():
-                    continue
-                raise EngineError(f"torchrun's store is gone while waiting for {waiting_for}: {error}") from error
+        try:
+            while not self._store.check([name]):
+                if time.monotonic() >= deadline:
+                    raise EngineError(f"waited {self._timeout_s:g} s (launcher.start_timeout_s) for {waiting_for}")
+                time.sleep(STORE_POLL_S)
             return msgspec.msgpack.decode(self._store.get(name), type=kind)
+        except RuntimeError as error:
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(f"torchrun's store is gone while waiting for {waiting_for}: {error}") from error
 
 
 def introduce(store: Store, world: World, config_fingerprint: str) -> None:
