@@ -72,7 +72,7 @@ class FrontEnd:
         self.eos_token_ids = list(eos_token_ids)
         self.default_sampling = check_sampling(default_sampling or SamplingParams())
         self._seeds = random.Random(seed)
-        self._names = (f"request-{number}" for number in itertools.count())
+        self._numbers = itertools.count()
         self._active: dict[str, list[str]] = {}
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
@@ -96,7 +96,7 @@ class FrontEnd:
         deadline_s: float | None = None,
         special_tokens: bool = True,
     ) -> PreparedRequest:
-        """Tokenise and check; nothing is sent.
+        """Tokenise and check; nothing is sent. May be called from any thread.
 
         sampling: default_sampling when None. max_tokens beyond max_model_len less the prompt ends there, with
         finish_reason "length". priority: lower runs first. deadline_s: absolute time.time() that aborts the request.
@@ -104,7 +104,8 @@ class FrontEnd:
         """
         params = check_sampling(sampling or self.default_sampling, self.vocab_size, self.max_model_len)
         ready = read_prompt(prompt, self.tokenizer, self.vocab_size, self.max_model_len, special_tokens=special_tokens)
-        request_id = next(self._names) if request_id is None else request_id
+        if request_id is None:
+            request_id = f"request-{next(self._numbers)}"
         arrival = time.time()
         part = Request(
             request_id=request_id,

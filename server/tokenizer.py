@@ -11,7 +11,6 @@ folder without tokenizer.json goes through `shoal.server.transformers_tokenizer`
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +98,11 @@ class Tokenizer:
         """Id of the padding token, if the tokenizer names one."""
         return self._id_of("pad_token")
 
-    @cached_property
-    def max_token_id(self) -> int:
-        """The highest id that stands for a token."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values())
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. add_special_tokens: with those that the post-processor adds, as at the start of a
         document.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The same for many texts, on several threads."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
 
     def decode(
         self,

@@ -219,8 +219,9 @@ _running: "weakref.WeakSet[_Runtime]" = weakref.WeakSet()
 
 def _close_all() -> None:
     """The interpreter ends: end what is still running."""
-    for runtime in list(_running):
-        runtime.close()
+    with contextlib.ExitStack() as stack:  # one that fails does not keep the others
+        for runtime in list(_running):
+            stack.callback(runtime.close)
 
 
 # Exit functions of `threading` run last come, first served, before those of atexit: what is registered here runs while

@@ -48,11 +48,6 @@ def test_special_tokens_are_named_as_in_transformers(pair) -> None:
     assert ours.token_to_id("<tool>") in ours.added_token_ids - ours.special_token_ids
 
 
-def test_a_batch_encodes_like_its_texts(pair) -> None:
-    ours, _ = pair
-    assert ours.encode_batch(CORPUS) == [ours.encode(text) for text in CORPUS]
-
-
 def test_tokens_only_the_configuration_names_are_added(tmp_path: Path) -> None:
     config = {
         **CONFIG,
