@@ -7,7 +7,7 @@ from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.ledger import MemoryReport
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
-from shoal.model.spec import DecoderSpec, MoeFfn
+from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn
 
 
 def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
@@ -15,27 +15,31 @@ def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
     return itemsize * sum(parameter.numel for parameter in local_parameters(spec, shard))
 
 
+def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
+    """Temporary elements per token of a feed-forward: gate and up, the activation, their product and the output, 4 F + H
+    (without a gate 3 F + H). Experts hold their top_k outputs beside the widest of them, the shared one included."""
+    if isinstance(ffn, MoeFfn):
+        start, stop = shard.expert_columns(ffn)
+        one_expert = 4 * (stop - start) + hidden_size
+        shared = ffn_elements(ffn.shared, hidden_size, shard) + hidden_size if ffn.shared else 0
+        return ffn.top_k * hidden_size + max(one_expert, shared)
+    start, stop = shard.columns(ffn.intermediate_size)
+    return (3 if isinstance(ffn, DenseFfn) else 4) * (stop - start) + hidden_size
+
+
 def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
     """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement.
 
-    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of
-    attention
-    (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim) and feed-forward (gate and up, their product,
-    and the output: T (3 F + H), times top_k for experts). On the last stage R = min(T, max_num_seqs) rows of float32
-    logits: the shard's, the whole vocabulary's, and two copies for sampling.
+    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of feed-
+    forward and attention (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim). On the last stage
+    R = min(T, max_num_seqs) rows of float32 logits: the shard's, the whole vocabulary's, and two copies for sampling.
     """
     tokens, hidden = config.scheduler.max_num_batched_tokens, spec.hidden_size
     widest = 0
     for layer in spec.layers[shard.first_layer : shard.last_layer]:
-        heads, ffn = shard.heads(layer.mixer), layer.ffn
+        heads = shard.heads(layer.mixer)
         attention = (3 * heads.num_heads + 4 * heads.num_kv_heads) * layer.mixer.head_dim
-        if isinstance(ffn, MoeFfn):
-            start, stop = shard.expert_columns(ffn)
-            forward = ffn.top_k * (3 * (stop - start) + hidden)
-        else:
-            start, stop = shard.columns(ffn.intermediate_size)
-            forward = 3 * (stop - start) + hidden
-        widest = max(widest, attention, forward)
+        widest = max(widest, attention, ffn_elements(layer.ffn, hidden, shard))
     layers = tokens * (2 * hidden + widest) * itemsize
     if not shard.has_head:
         return layers
@@ -54,7 +58,8 @@ def estimate_reports(
     ranks_per_device: int = 1,
 ) -> list[MemoryReport]:
     """What the ranks of a replica would report. available_bytes: what an idle device can give; itemsize: bytes per
-    weight; ranks_per_device: ranks that share it (all local ones on a CPU)."""
+    weight; ranks_per_device: ranks that share it (all local ones on a CPU).
+    """
     weights = [weights_bytes(spec, shard, itemsize) for shard in shards]
     reports = []
     for rank, shard in enumerate(shards):
