@@ -1,0 +1,92 @@
+"""Resolving "auto": what is chosen for which host, and what is refused with the number and the fix."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from shoal.configs.schema import ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
+from shoal.launcher.settle import Host, settle
+from tests.launcher.fake_worker import SPEC
+
+CPU = Host(gpus=0, native=True, ranks=4)
+
+
+def config(tensor: int = 1, data: int = 1, max_model_len: int | None = None, **runtime: Any) -> ShoalConfig:
+    """Unresolved settings."""
+    return ShoalConfig(
+        model=ModelConfig(max_model_len=max_model_len),
+        parallel=ParallelConfig(tensor=tensor, data=data),
+        runtime=RuntimeConfig(**runtime),
+    )
+
+
+def test_nothing_automatic_is_left_and_the_choice_is_told() -> None:
+    settled = settle(config(4), SPEC, CPU)
+    model, runtime = settled.config.model, settled.config.runtime
+    assert (model.dtype, model.max_model_len) == ("float32", 512)
+    assert (runtime.device, runtime.collectives, runtime.native) == ("cpu", "shm", "require")
+    assert runtime.threads is not None and runtime.threads >= 1
+    assert runtime.seed is not None
+    assert settled.ranks_per_device == 4
+    assert settled.notes[0].startswith("tensor 4 x pipeline 1 x data 1 = 4 ranks on cpu: float32, context 512, shm")
+
+
+def test_what_was_set_stays() -> None:
+    settled = settle(config(2, max_model_len=100, threads=3, seed=5, collectives="gloo", native="off"), SPEC, CPU)
+    assert settled.config.model.max_model_len == 100
+    assert (settled.config.runtime.threads, settled.config.runtime.seed) == (3, 5)
+    assert settled.config.runtime.collectives == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (Host(gpus=0, native=False, ranks=4), "gloo"),
+        (Host(gpus=0, native=True, ranks=4, one_host=False), "gloo"),
+        (Host(gpus=4, native=False, ranks=4), "nccl"),
+    ],
+    ids=["no C kernels", "several hosts", "GPUs"],
+)
+def test_collectives_follow_the_host(host: Host, expected: str) -> None:
+    assert settle(config(4), SPEC, host).config.runtime.collectives == expected
+
+
+def test_more_gpus_than_the_layout_uses_are_mentioned() -> None:
+    settled = settle(config(), SPEC, Host(gpus=2, native=False, ranks=1))
+    assert settled.config.runtime.device == "cuda"
+    assert settled.ranks_per_device == 1
+    assert settled.notes[1] == "2 GPUs seen, using 1: try -tp 2"
+    assert len(settle(config(2), SPEC, Host(gpus=2, native=False, ranks=2)).notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "words"),
+    [
+        (
+            config(4),
+            Host(gpus=2, native=False, ranks=4),
+            "needs 4 GPUs on this host, and torch sees 2.*runtime.device = cpu",
+        ),
+        (config(device="cuda"), CPU, "runtime.device = cuda, but torch sees no GPU here"),
+        (config(2, collectives="shm"), Host(gpus=0, native=False, ranks=2), "shm needs the C kernels.*gloo"),
+        (config(2, collectives="shm"), Host(gpus=0, native=True, ranks=2, one_host=False), "on several; use gloo"),
+        (config(2, collectives="nccl"), CPU, "nccl works on GPUs, and torch sees none"),
+        (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
+    ],
+)
+def test_what_cannot_work_here_is_refused(settings: ShoalConfig, host: Host, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settle(settings, SPEC, host)
+
+
+def test_more_ranks_than_shared_memory_joins_use_gloo_or_are_refused() -> None:
+    host = Host(gpus=0, native=True, ranks=65)
+    assert settle(config(65), SPEC, host).config.runtime.collectives == "gloo"
+    with pytest.raises(ValueError, match="at most 64 ranks, not 65"):
+        settle(config(65, collectives="shm"), SPEC, host)
+
+
+def test_settling_twice_changes_nothing() -> None:
+    once = settle(config(2), SPEC, CPU).config
+    assert msgspec.structs.asdict(settle(once, SPEC, CPU).config) == msgspec.structs.asdict(once)
