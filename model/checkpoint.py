@@ -118,8 +118,8 @@ class Reader:
         limit = torch.finfo(self.dtype).max
         if max(-low, high) > limit:
             raise CheckpointError(
-                f"{where} holds {max(-low, high):g}, beyond {self.dtype} ({limit:g}): set model.dtype to bfloat16 or "
-                f"float32"
+                f"{where} holds {max(-low, high):g}, beyond {self.dtype} ({limit:g}): "
+                "set model.dtype to bfloat16 or float32"
             )
 
 

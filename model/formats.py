@@ -46,8 +46,8 @@ def refuse_other_formats(folder: Path) -> None:
     if pickled:
         raise CheckpointError(
             f"{folder}: holds {pickled[0]}, a pickled checkpoint, which can run code when it is opened and is not "
-            "supported. Convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
-            "writes safetensors"
+            "supported. Convert it to safetensors: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder}: holds a LoRA adapter, not a model; merge it into its base model, save that")

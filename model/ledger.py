@@ -104,7 +104,7 @@ class CachePlanner:
         ranks_per_device: int,
     ) -> None:
         self.windows, self.config, self.max_model_len = list(windows), config, max_model_len
-        self.device_type, self.ranks_per_device = device_type, ranks_per_device
+        self.ranks_per_device = ranks_per_device
         self.budgets = rank_budgets(reports, config, device_type, ranks_per_device)
         self.needs = self.blocks_for(max_model_len)
 
@@ -172,10 +172,8 @@ class CachePlanner:
         report = budget.report
         raise ValueError(
             f"rank {report.rank}: {size(report.weights_bytes)} of weights, {size(report.activation_bytes)} of "
-            f"activations"
-            f" and {size(self.config.cache.reserve)} of cache.reserve leave nothing of the "
-            f"{size(budget.share_bytes)} it may"
-            f" use: {self.spread()}lower scheduler.max_num_batched_tokens (activations)"
+            f"activations and {size(self.config.cache.reserve)} of cache.reserve leave nothing of the "
+            f"{size(budget.share_bytes)} it may use: {self.spread()}lower scheduler.max_num_batched_tokens (activations)"
             + self.more_memory(budget, cost(report, self.needs))
         )
 
@@ -185,8 +183,7 @@ class CachePlanner:
         if memory is not None and memory > budget.cache_bytes:
             raise ValueError(
                 f"cache.memory = {size(memory)} exceeds the {size(budget.cache_bytes)} left on rank "
-                f"{budget.report.rank}: "
-                f"lower cache.memory to {budget.cache_bytes}" + self.more_memory(budget, memory)
+                f"{budget.report.rank}: lower cache.memory to {budget.cache_bytes}" + self.more_memory(budget, memory)
             )
 
     def too_long(self) -> ValueError:

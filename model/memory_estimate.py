@@ -16,8 +16,9 @@ def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
 
 
 def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
-    """Temporary elements per token of a feed-forward: gate and up, the activation, their product and the output, 4 F + H
-    (without a gate 3 F + H). Experts hold their top_k outputs beside the widest of them, the shared one included."""
+    """Temporary elements per token of a feed-forward: gate and up, the activation, their product, the output: 4 F + H
+    (without a gate 3 F + H). Experts hold their top_k outputs beside the widest of them, the shared one included.
+    """
     if isinstance(ffn, MoeFfn):
         start, stop = shard.expert_columns(ffn)
         one_expert = 4 * (stop - start) + hidden_size
@@ -30,8 +31,8 @@ def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
 def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
     """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement.
 
-    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of feed-
-    forward and attention (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim). On the last stage
+    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of
+    feed-forward and attention (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim). On the last stage
     R = min(T, max_num_seqs) rows of float32 logits: the shard's, the whole vocabulary's, and two copies for sampling.
     """
     tokens, hidden = config.scheduler.max_num_batched_tokens, spec.hidden_size

@@ -70,8 +70,8 @@ def parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInf
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where}: shape {shape} of {dtype} needs {(bits + 7) // 8} bytes, data_offsets {offsets} hold "
-            f"{offsets[1] - offsets[0]}"
+            f"{where}: shape {shape} of {dtype} needs {(bits + 7) // 8} bytes, "
+            f"data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -104,8 +104,8 @@ class SafetensorsFile:
         length = int.from_bytes(self.read_bytes(0, 8), "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{self.path}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; this is not a "
-                f"safetensors file"
+                f"{self.path}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
+                "this is not a safetensors file"
             )
         if length < 2 or 8 + length > self.size:
             raise CheckpointError(
@@ -159,8 +159,8 @@ class SafetensorsFile:
             count = os.preadv(self.fd, [out[done:]], offset + done)
             if count <= 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {offset + done}, {offset + size} were expected; it shrank while it "
-                    f"was read"
+                    f"{self.path}: ends at byte {offset + done}, {offset + size} were expected; "
+                    "it shrank while it was read"
                 )
             done += count
         self.bytes_read += size

@@ -247,7 +247,7 @@ SINGLE_FILE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / SINGLE).unlink(), "has neither model.safetensors nor"),
     "pickled": (
         lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"),
-        r"holds pytorch_model\.bin, a pickled checkpoint.*save_pretrained\(new_folder\) writes safetensors",
+        r"holds pytorch_model\.bin, a pickled checkpoint.*Convert it to safetensors: .*save_pretrained\(new_folder\)",
     ),
     "GGUF": (
         lambda folder: (folder / SINGLE).rename(folder / "m.gguf"),
