@@ -34,19 +34,19 @@ def _blocks(num_tokens: int, window: int | None, block_size: int) -> int:
 
 
 class Admission:
-    """Projects the peak use of every cache group."""
+    """Projects the peak use of every cache group. mean_output: output tokens of the requests that ended."""
 
     def __init__(self, tables: BlockTables) -> None:
         self._tables = tables
-        self._mean_output = float(FIRST_GUESS)
+        self.mean_output = float(FIRST_GUESS)
 
     def observe(self, num_output_tokens: int) -> None:
         """Learn from a request that ended by itself."""
-        self._mean_output += WEIGHT * (num_output_tokens - self._mean_output)
+        self.mean_output += WEIGHT * (num_output_tokens - self.mean_output)
 
     def remaining(self, seq: Sequence) -> int:
         """Output tokens the sequence is expected to generate from now on: at least a block's worth, if it may."""
-        guess = max(int(self._mean_output) - seq.num_output_tokens, self._tables.block_size)
+        guess = max(int(self.mean_output) - seq.num_output_tokens, self._tables.block_size)
         return min(guess, seq.max_num_tokens - len(seq.tokens))
 
     def fits(self, running: Iterable[Sequence], candidate: Sequence, hit: int) -> bool:

@@ -44,6 +44,7 @@ class InprocessClient(EngineClient):
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = self._ended = self._draining = False
+        self._submitting: set[_Stream] = set()  # not looked at by the core yet
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
@@ -53,20 +54,20 @@ class InprocessClient(EngineClient):
         """Accept a request and stream its deltas; see EngineClient."""
         if self._draining:
             raise EngineError("the engine is draining and takes no new requests")
-        limit = self._core.config.scheduler.max_queued_requests
-        if len(self._commands) >= limit:
-            raise QueueFull(
-                f"{limit} requests wait to be looked at (scheduler.max_queued_requests): come back later", 1.0
-            )
+        scheduler = self._core.config.scheduler
+        if len(self._submitting) >= scheduler.max_queued_requests + scheduler.max_num_seqs:
+            raise QueueFull(f"{len(self._submitting)} requests came during one step: come back later", 1.0)
         stream = _Stream()
         finished = False
         try:
+            self._submitting.add(stream)
             await self._ask(lambda: self._accept(request, stream))
             while not finished:
                 delta = await stream.queue.get()
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
+            self._submitting.discard(stream)
             if not finished:
                 self._post(lambda: self._abandon(request.request_id, stream))
 
@@ -135,6 +136,7 @@ class InprocessClient(EngineClient):
         return await asyncio.wrap_future(answer)
 
     def _accept(self, request: Request, stream: _Stream) -> None:
+        self._submitting.discard(stream)
         self._core.add(request)
         self._streams[request.request_id] = stream
 

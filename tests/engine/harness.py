@@ -1,4 +1,4 @@
-"""What the engine's tests share: capacities, requests, and a run of a core to its end beside what the oracle expects."""
+"""What the engine's tests share: capacities, requests, a core's run to its end, and what the oracle expects of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
