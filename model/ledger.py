@@ -173,7 +173,7 @@ class CachePlanner:
         raise ValueError(
             f"rank {report.rank}: {size(report.weights_bytes)} of weights, {size(report.activation_bytes)} of "
             f"activations and {size(self.config.cache.reserve)} of cache.reserve leave nothing of the "
-            f"{size(budget.share_bytes)} it may use: {self.spread()}lower scheduler.max_num_batched_tokens (activations)"
+            f"{size(budget.share_bytes)} it may use: {self.spread()}lower scheduler.max_num_batched_tokens"
             + self.more_memory(budget, cost(report, self.needs))
         )
 
