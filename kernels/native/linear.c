@@ -11,13 +11,17 @@
 #endif
 
 #define INNER 1024 /* 4 KiB of a float32 row: the rows of a tile stay in the first-level cache */
-#define ROWS 64    /* a block of rows times INNER, */
+#define ROWS 96    /* a block of rows times INNER, */
 #define COLUMNS 64 /* and a block of columns times INNER, stay in the second-level cache */
+#define FEW_ROWS 4 /* up to here memory is the limit: a few columns from end to end, which is how it is read fastest */
 
+/* Rows and columns of the tiles: as many sums as there are registers for; few rows take more columns, for more loads in flight. */
 #if defined(__AVX512F__)
-enum { TILE_ROWS = 4, TILE_COLUMNS = 4, WIDE_COLUMNS = 8 };
+enum { MOST_ROWS = 6, MOST_COLUMNS = 8 };
+#define FOR_EACH_TILE(DO) DO(6, 4) DO(4, 4) DO(2, 8) DO(1, 8)
 #else
-enum { TILE_ROWS = 2, TILE_COLUMNS = 2, WIDE_COLUMNS = 4 };
+enum { MOST_ROWS = 2, MOST_COLUMNS = 4 };
+#define FOR_EACH_TILE(DO) DO(2, 2) DO(1, 4)
 #endif
 
 typedef struct {
@@ -43,15 +47,15 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
-/* sums[r * COLUMNS + c] (+)= dot products over `count` positions of m rows of x and n rows of w; m, n and type are constants here. */
-INLINE void tile(int type, const char *x, int64_t x_step, const char *w, int64_t w_step, int64_t count, int first, float *sums, int m, int n) {
+/* sums[r * COLUMNS + c] (+)= dot products over `count` positions of m rows of x (float32) and n rows of w; m, n, type are constants here. */
+INLINE void tile(int type, const float *x, int64_t x_stride, const char *w, int64_t w_step, int64_t count, int first, float *sums, int m, int n) {
     const int64_t width = element_size(type), whole = count / LANES * LANES;
-    vf acc[TILE_ROWS][WIDE_COLUMNS];
+    vf acc[MOST_ROWS][MOST_COLUMNS];
     for (int r = 0; r < m; r++)
         for (int c = 0; c < n; c++) acc[r][c] = (vf){};
     for (int64_t k = 0; k < whole; k += LANES) {
-        vf a[TILE_ROWS];
-        for (int r = 0; r < m; r++) a[r] = load(x + r * x_step + k * width, type);
+        vf a[MOST_ROWS];
+        for (int r = 0; r < m; r++) a[r] = load(x + r * x_stride + k, F32);
         for (int c = 0; c < n; c++) {
             vf b = load(w + c * w_step + k * width, type);
             for (int r = 0; r < m; r++) acc[r][c] = multiply_add(a[r], b, acc[r][c]);
@@ -60,8 +64,10 @@ INLINE void tile(int type, const char *x, int64_t x_step, const char *w, int64_t
     if (whole < count) {
         for (int c = 0; c < n; c++) {
             vf b = load_part(w + c * w_step + whole * width, type, count - whole);
-            for (int r = 0; r < m; r++)
-                acc[r][c] = multiply_add(load_part(x + r * x_step + whole * width, type, count - whole), b, acc[r][c]);
+            for (int r = 0; r < m; r++) {
+                vf a = load_part(x + r * x_stride + whole, F32, count - whole);
+                acc[r][c] = multiply_add(a, b, acc[r][c]);
+            }
         }
     }
     for (int r = 0; r < m; r++)
@@ -71,12 +77,22 @@ INLINE void tile(int type, const char *x, int64_t x_step, const char *w, int64_t
         }
 }
 
-/* m rows against a block of columns, n at a time and the rest one by one. */
+/* m rows of x against a block of columns, n at a time and the rest one by one. Halves of x are widened once for all columns. */
 INLINE void strip(int type, const char *x, int64_t x_step, const char *w, int64_t w_step, int64_t count, int first, float *sums,
                   int64_t columns, int m, int n) {
-    int64_t c = 0;
-    for (; c + n <= columns; c += n) tile(type, x, x_step, w + c * w_step, w_step, count, first, sums + c, m, n);
-    for (; c < columns; c++) tile(type, x, x_step, w + c * w_step, w_step, count, first, sums + c, m, 1);
+    float wide[MOST_ROWS * INNER];
+    const float *rows = (const float *)x;
+    int64_t stride = x_step / 4, c = 0;
+    if (type != F32) {
+        for (int r = 0; r < m; r++)
+            for (int64_t k = 0; k < count; k += LANES) {
+                const char *from = x + r * x_step + k * 2;
+                store(wide + r * INNER + k, F32, count - k < LANES ? load_part(from, type, count - k) : load(from, type));
+            }
+        rows = wide, stride = INNER;
+    }
+    for (; c + n <= columns; c += n) tile(type, rows, stride, w + c * w_step, w_step, count, first, sums + c, m, n);
+    for (; c < columns; c++) tile(type, rows, stride, w + c * w_step, w_step, count, first, sums + c, m, 1);
 }
 
 INLINE void block(int type, const problem *p, int64_t row, int64_t column) {
@@ -85,15 +101,17 @@ INLINE void block(int type, const problem *p, int64_t row, int64_t column) {
     const int64_t rows = p->rows - row < ROWS ? p->rows - row : ROWS;
     const int64_t columns = p->columns - column < COLUMNS ? p->columns - column : COLUMNS;
     if (p->inner == 0) memset(sums, 0, sizeof sums);
-    for (int64_t k = 0; k < p->inner; k += INNER) {
-        const int64_t count = p->inner - k < INNER ? p->inner - k : INNER;
-        const char *x = p->x + row * x_step + k * width, *w = p->w + column * w_step + k * width;
-        int64_t r = 0;
-        for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-            strip(type, x + r * x_step, x_step, w, w_step, count, k == 0, sums + r * COLUMNS, columns, TILE_ROWS, TILE_COLUMNS);
-        for (; r < rows; r++)
-            strip(type, x + r * x_step, x_step, w, w_step, count, k == 0, sums + r * COLUMNS, columns, 1, WIDE_COLUMNS);
-    }
+    const int64_t group = rows <= FEW_ROWS ? MOST_COLUMNS : COLUMNS;
+    for (int64_t c = 0; c < columns; c += group)
+        for (int64_t k = 0; k < p->inner; k += INNER) {
+            const int64_t count = p->inner - k < INNER ? p->inner - k : INNER, wide = columns - c < group ? columns - c : group;
+            const char *x = p->x + row * x_step + k * width, *w = p->w + (column + c) * w_step + k * width;
+            int64_t r = 0;
+#define STRIPS(M, N)              \
+    for (; r + M <= rows; r += M) \
+        strip(type, x + r * x_step, x_step, w, w_step, count, k == 0, sums + r * COLUMNS + c, wide, M, N);
+            FOR_EACH_TILE(STRIPS)
+        }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c += LANES) {
             const int64_t n = columns - c < LANES ? columns - c : LANES;
@@ -113,6 +131,6 @@ void shoal_linear(int type, const void *x, int64_t x_stride, const void *w, int6
     const problem p = {x, w, bias, y, rows, columns, inner, x_stride, w_stride, y_stride};
     void (*const compute)(const problem *, int64_t, int64_t) = type == F32 ? block_f32 : type == BF16 ? block_bf16 : block_f16;
     const int64_t row_blocks = (rows + ROWS - 1) / ROWS, blocks = row_blocks * ((columns + COLUMNS - 1) / COLUMNS);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && blocks > 1)
     for (int64_t i = 0; i < blocks; i++) compute(&p, i % row_blocks * ROWS, i / row_blocks * COLUMNS);
 }
