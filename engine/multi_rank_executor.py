@@ -10,7 +10,7 @@ from shoal.engine.messages import StepPlan, StepResult
 from shoal.engine.rank_links import RankLinks
 from shoal.engine.rank_messages import Ping
 
-PING_INTERVAL_S = 5.0
+PING_INTERVAL_S = 60.0
 
 
 class MultiRankExecutor(Executor):

@@ -1,7 +1,7 @@
 """What an engine and its ranks say to each other on the control channel, besides StepPlan and StepResult. No torch.
 
-rank -> engine: Hello, Loading, Profiled, CacheReady, StepResult; at any time Heartbeat, LogLine, RankFailure
-engine -> rank: Begin, Allocate, StepPlan, Ping, Stop
+rank -> engine: Hello, Loading, Loaded, Profiled, CacheReady, StepResult; at any time Heartbeat, LogLine, RankFailure
+engine -> rank: Begin, Profile, Allocate, StepPlan, Ping, Stop
 """
 
 from typing import Literal
@@ -41,8 +41,18 @@ class Loading(Message, frozen=True, kw_only=True):
     total: int
 
 
+class Loaded(Message, frozen=True, kw_only=True):
+    """The rank has its weights. All must before any runs a step: a collective waits for step_timeout_s only."""
+
+    rank: int
+
+
+class Profile(Message, frozen=True, kw_only=True):
+    """Run the profiling step, together."""
+
+
 class Profiled(Message, frozen=True, kw_only=True):
-    """Loaded, and measured."""
+    """Measured."""
 
     report: MemoryReport
 
@@ -96,8 +106,8 @@ class RankFailure(Message, frozen=True, kw_only=True):
     kind: Literal["error", "consequence", "refusal"]
 
 
-FromRank = Hello | Loading | Profiled | CacheReady | StepResult | Heartbeat | LogLine | RankFailure
-ToRank = Begin | Allocate | StepPlan | Ping | Stop
+FromRank = Hello | Loading | Loaded | Profiled | CacheReady | StepResult | Heartbeat | LogLine | RankFailure
+ToRank = Begin | Profile | Allocate | StepPlan | Ping | Stop
 
 FROM_RANK: "msgspec.msgpack.Decoder[FromRank]" = msgspec.msgpack.Decoder(FromRank)
 TO_RANK: "msgspec.msgpack.Decoder[ToRank]" = msgspec.msgpack.Decoder(ToRank)

@@ -12,7 +12,7 @@ from shoal.launcher.replica_messages import Outputs, Rejected, Shutdown, ToEngin
 from shoal.parallel.control import Channel
 
 IDLE_CHECK_S = 0.5
-SEND_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 600.0  # a front end that was suspended (Ctrl-Z) holds the engine up, and may come back
 
 
 class FrontGone(Exception):

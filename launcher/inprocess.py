@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.client import EngineError
 from shoal.engine.engine_core import EngineCore
@@ -45,6 +47,8 @@ def load_inprocess(config: ShoalConfig, spec: DecoderSpec, model_dir: Path) -> t
     native = None if on_gpu else load_native(config.runtime.native)
     if config.runtime.threads is not None and not on_gpu:
         torch.set_num_threads(config.runtime.threads)  # only when asked for: it is the caller's process
+    threads = torch.get_num_threads()
+    config = msgspec.structs.replace(config, runtime=msgspec.structs.replace(config.runtime, threads=threads))
     settled = settle(config, spec, Host(gpus=gpus, native=native is not None, ranks=1))
     config = settled.config
     (shard,) = shard_model(spec, config.parallel)

@@ -1,7 +1,7 @@
 """Bringing up the ranks of a replica: start those of this host, let all connect, agree, load, size the cache. The
 engine's side; no torch.
 
-    Hello (all alike?) -> Begin -> Loading ... -> Profiled -> Allocate (blocks: the minimum over ranks) -> CacheReady
+    Hello (all alike?) -> Begin -> Loading ... Loaded -> Profile -> Profiled -> Allocate (the minimum) -> CacheReady
 """
 
 import time
@@ -18,7 +18,9 @@ from shoal.engine.rank_messages import (
     Begin,
     CacheReady,
     FromRank,
+    Loaded,
     Loading,
+    Profile,
     Profiled,
 )
 from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
@@ -102,6 +104,8 @@ class RankGroup:
             links = self._links = RankLinks(self._connected(), self._supervisor)
             self._rendezvous = make_rendezvous(self._config, self._bootstrap.listen_host)
             links.broadcast(Begin(rendezvous=self._rendezvous.address), SEND_TIMEOUT_S)
+            self._gather(links, Loaded, "loading")
+            links.broadcast(Profile(), SEND_TIMEOUT_S)
             capacity, report = self._sized(self._profiled(links))
             links.broadcast(Allocate(num_blocks=[group.num_blocks for group in capacity.groups]), SEND_TIMEOUT_S)
             self._gather(links, CacheReady, "allocating the cache")
@@ -166,7 +170,7 @@ class RankGroup:
 
     def _profiled(self, links: RankLinks) -> list[MemoryReport]:
         """Every rank's memory report, in rank order."""
-        return [message.report for message in self._gather(links, Profiled, "loading")]
+        return [message.report for message in self._gather(links, Profiled, "the profiling step")]
 
     def _gather(self, links: RankLinks, kind: type[Answer], doing: str) -> list[Answer]:
         """One message of this kind from every rank, in rank order; progress is passed on meanwhile."""

@@ -24,9 +24,11 @@ from shoal.engine.rank_messages import (
     CacheReady,
     Heartbeat,
     Hello,
+    Loaded,
     Loading,
     LogLine,
     Ping,
+    Profile,
     Profiled,
     RankFailure,
     Stop,
@@ -41,7 +43,7 @@ from shoal.parallel.control_connect import connect
 from shoal.parallel.control_heartbeat import Heartbeat as HeartbeatThread
 from shoal.parallel.mesh import make_mesh
 
-IDLE_TIMEOUT_S = 60.0  # engines ping their ranks every few seconds
+IDLE_TIMEOUT_S = 3600.0  # an idle engine pings every minute; one that died is noticed by its hangup, at once
 PROGRESS_INTERVAL_S = 0.1
 MAX_LOG_CHARS = 4096
 
@@ -101,13 +103,16 @@ class _Rank:
         self._load(begin.rendezvous, native)
         while True:
             self._now("waiting for a plan")
-            message = self._channel.receive(limits.step_timeout_s + IDLE_TIMEOUT_S)
+            message = self._channel.receive(IDLE_TIMEOUT_S)
             match message:
                 case StepPlan():
                     self._now(f"in step {message.step}")
                     result = self._worker.run(message)
                     if result is not None:
                         self._channel.send(result, limits.step_timeout_s)
+                case Profile():
+                    self._now("running the profiling step")
+                    self._channel.send(Profiled(report=self._worker.profile()))
                 case Allocate():
                     self._now("allocating the cache")
                     self._worker.allocate_cache(message.num_blocks)
@@ -146,7 +151,7 @@ class _Rank:
         return native
 
     def _load(self, rendezvous: str, native: NativeLibrary | None) -> None:
-        """Join the other ranks, load, measure, report."""
+        """Join the other ranks and load."""
         boot, config = self._bootstrap, self._config
         make_worker = resolve(boot.model.worker)
         self._now(f"joining the other ranks ({config.runtime.collectives})")
@@ -164,8 +169,7 @@ class _Rank:
         self._worker = make_worker(config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device))
         self._now("loading weights")
         self._worker.load(self._progress)
-        self._now("running the profiling step")
-        self._channel.send(Profiled(report=self._worker.profile()))
+        self._channel.send(Loaded(rank=boot.rank))
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()

@@ -47,6 +47,10 @@ def test_four_ranks_answer_many_requests_as_one_model_would(zygote: Zygote, tag:
     run(body())
 
 
+def test_the_zygote_has_one_thread_whatever_it_has_imported(zygote: Zygote) -> None:
+    assert len(os.listdir(f"/proc/{zygote.pid}/task")) == 1
+
+
 def test_requests_are_refused_aborted_and_drained_as_in_one_process(zygote: Zygote) -> None:
     async def body() -> None:
         async with replica(zygote, config(2)) as handle:
