@@ -9,6 +9,7 @@ permitted, nothing is measured and the ledger's estimate stands.
 import os
 from types import TracebackType
 
+import msgspec
 import torch
 
 from shoal.configs.host import available_host_bytes
@@ -18,6 +19,7 @@ from shoal.engine.messages import NewSequence, PlanRow, StepPlan
 from shoal.model.spec import DecoderSpec
 
 PROFILE_TOKENS_CPU = 128
+WARM_UP_TOKENS = 8
 
 
 def profile_plan(config: ShoalConfig, spec: DecoderSpec, device: torch.device) -> tuple[StepPlan, list[int], float]:
@@ -37,6 +39,12 @@ def profile_plan(config: ShoalConfig, spec: DecoderSpec, device: torch.device) -
         rows.append(PlanRow(name, 0, length, [], [[] for _ in range(groups)], [blocks[-1]] * groups, True))
     plan = StepPlan(epoch=0, step=0, rows=rows, new_sequences=sequences)
     return plan, [num_rows * per_row] * groups, budget / (num_rows * length)
+
+
+def warm_up_plan(plan: StepPlan) -> StepPlan:
+    """The profiling plan cut to the first few tokens of its first row, which has its blocks already."""
+    row = msgspec.structs.replace(plan.rows[0], num_tokens=min(WARM_UP_TOKENS, plan.rows[0].num_tokens))
+    return StepPlan(epoch=plan.epoch, step=plan.step, rows=[row], new_sequences=plan.new_sequences[:1])
 
 
 def available_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ import torch
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, SequenceState
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
-from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan
+from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plan
 from shoal.engine.sampler import Sampler, logprobs_of
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
@@ -85,6 +85,8 @@ class Worker:
         Collective."""
         plan, num_blocks, scale = profile_plan(self.config, self.spec, self.device)
         self.allocate_cache(num_blocks)
+        self.run(warm_up_plan(plan))  # what libraries allocate once is not part of a step
+        self.state = self.new_state()
         with ActivationMeter(self.device) as meter:
             self.run(plan)
         self.state = self.new_state()

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
         sys.stdout.write(json.dumps(msgspec.to_builtins(findings), indent=1) + "\n")
     else:
         rows = [(finding.status, finding.name, finding.value) for finding in findings]
-        sys.stdout.write(text_table(("", "check", "found"), rows) + "\n")
+        sys.stdout.write(text_table(("result", "check", "found"), rows) + "\n")
         for finding in findings:
             if finding.fix:
                 sys.stdout.write(f"{finding.status}: {finding.name}: {finding.fix}\n")

@@ -15,9 +15,10 @@ import msgspec
 
 from shoal.configs.host import available_host_bytes
 from shoal.configs.model_path import resolve_model_path
-from shoal.configs.resolved import DEFAULT, ResolvedConfig
+from shoal.configs.resolved import DEFAULT, ResolvedConfig, Setting
 from shoal.configs.schema import ShoalConfig
 from shoal.launcher.explain_layout import LAYOUT_COLUMNS, RankShare, layout_notes, layout_table, rank_shares
+from shoal.launcher.settle import Host, settle
 from shoal.launcher.tables import text_table
 from shoal.model.families import load_spec
 from shoal.model.ledger import CachePlan, MemoryReport, plan_cache
@@ -29,13 +30,15 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is explained. problem: why the cache cannot be sized, with the number to change; plan is None then."""
+    """All that is explained. notes: what was left to Shoal, as settled.
+
+    problem: why the cache cannot be sized, with the number to change. plan: None then, and where no device of the kind
+    is here to be asked for its memory.
+    """
 
     model: str
     family: str
-    dtype: str
-    device: str
-    max_model_len: int
+    notes: list[str]
     settings: list[tuple[str, Any, str]]
     ranks: list[RankShare]
     reports: list[MemoryReport]
@@ -61,37 +64,39 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
     """Work everything out from config.json. Raises ValueError when the model cannot be divided as asked."""
     config = resolved.config
     spec, _ = load_spec(folder)
-    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-    device, available, per_device = device_memory(config)
-    max_model_len = config.model.max_model_len or spec.max_position
+    gpus, available = seen_gpus(config)
+    on_gpus = config.runtime.device == "cuda" or gpus > 0
+    host = Host(
+        gpus=config.world_size if on_gpus else 0, native=config.runtime.native != "off", ranks=config.world_size
+    )
+    settled = settle(config, spec, host)
     shards = shard_model(spec, config.parallel)
     reports = estimate_reports(
         spec,
         shards,
-        config,
-        itemsize=ITEMSIZE[dtype],
-        available_bytes=available,
-        ranks_per_device=per_device,
+        settled.config,
+        itemsize=ITEMSIZE[settled.config.model.dtype],
+        available_bytes=available or 0,
+        ranks_per_device=settled.ranks_per_device,
     )
     plan, problem = None, None
-    try:
-        plan = plan_cache(
-            reports,
-            spec.cache_windows,
-            config,
-            max_model_len=max_model_len,
-            device_type=device,
-            ranks_per_device=per_device,
-        )
-    except ValueError as error:
-        problem = str(error)
+    if available is not None:
+        try:
+            plan = plan_cache(
+                reports,
+                spec.cache_windows,
+                settled.config,
+                max_model_len=settled.config.model.max_model_len or spec.max_position,
+                device_type=settled.config.runtime.device,
+                ranks_per_device=settled.ranks_per_device,
+            )
+        except ValueError as error:
+            problem = str(error)
     return Explanation(
         model=str(config.model.path),
         family=spec.family,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        settings=[tuple(setting) for setting in resolved.settings()],
+        notes=settled.notes,
+        settings=[settled_row(setting, settled.config) for setting in resolved.settings()],
         ranks=rank_shares(spec, shards),
         reports=reports,
         plan=plan,
@@ -99,15 +104,28 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
     )
 
 
-def device_memory(config: ShoalConfig) -> tuple[str, int, int]:
-    """Type of the devices, bytes an idle one can give, and ranks of all replicas that share one."""
+def settled_row(setting: Setting, settled: ShoalConfig) -> tuple[str, Any, str]:
+    """A setting with what was left to Shoal resolved, as far as it is resolved before a start (a drawn seed is not)."""
+    section, _, name = setting.key.partition(".")
+    if section == "sampling" or setting.key == "runtime.seed":
+        return tuple(setting)
+    value = getattr(getattr(settled, section), name)
+    return (setting.key, value, setting.source if value == setting.value else f"{setting.source}, resolved")
+
+
+def seen_gpus(config: ShoalConfig) -> tuple[int, int | None]:
+    """GPUs here, and the bytes an idle device of the kind that would be used can give; None when no such device is
+    here.
+    """
     if config.runtime.device != "cpu":
         import torch
 
-        if torch.cuda.is_available():
-            free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-            return "cuda", free, -(-config.world_size // torch.cuda.device_count())
-    return "cpu", available_host_bytes(), config.world_size
+        count = torch.cuda.device_count()
+        if count:
+            return count, min(torch.cuda.mem_get_info(index)[0] for index in range(count))
+        if config.runtime.device == "cuda":
+            return 0, None
+    return 0, available_host_bytes()
 
 
 def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, everything: bool) -> str:
@@ -115,8 +133,7 @@ def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, e
     layout = config.parallel
     shown = [row for row in found.settings if everything or row[2] != DEFAULT]
     parts = [
-        f"{found.model}: {found.family}, {found.dtype} on {found.device}, context {found.max_model_len}; "
-        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} ranks",
+        "\n".join([f"{found.model}: {found.family}", *found.notes]),
         "Settings" + ("" if everything else " (those that were set; --all shows every one)"),
         text_table(("key", "value", "from"), [(key, show_value(value), source) for key, value, source in shown])
         if shown
@@ -129,6 +146,8 @@ def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, e
     parts.append(format_ledger(found.reports, shards, config.cache.reserve, found.plan))
     if found.problem is not None:
         parts.append(f"does not fit: {found.problem}")
+    elif found.plan is None:
+        parts.append("No GPU is seen here, so what its memory leaves for the cache cannot be told.")
     return "\n\n".join(parts) + "\n"
 
 

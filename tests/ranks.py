@@ -198,8 +198,6 @@ _helper: _Helper | None = None
 def _serve(sock: socket.socket) -> None:
     """Run jobs until the test's side closes."""
     _die_with_parent()
-    for name in ("torch.distributed", "hypothesis", "pytest"):  # what test modules import; saves every rank the time
-        importlib.import_module(name)
     while True:
         try:
             job = _read(sock)
@@ -215,6 +213,8 @@ def _die_with_parent() -> None:
 def _run_job(job: dict[str, Any], sock: socket.socket) -> dict[str, Any]:
     directory = Path(tempfile.mkdtemp(prefix="shoal-ranks-"))
     children: dict[int, tuple[int, socket.socket]] = {}
+    with contextlib.suppress(Exception):  # imported once here, every fork has it; a module that cannot be fails there
+        importlib.import_module(job["module"])
     try:
         for rank in range(job["world_size"]):
             ours, theirs = socket.socketpair()
