@@ -79,7 +79,14 @@ class LocalProcesses:
         except ControlError as error:
             self._loop.remove_reader(self._zygote.connection.fileno())
             for process_id in list(self._ended):
-                self._tell(Exited(process_id=process_id, pid=0, status=1, log=f"the zygote is gone: {error}"))
+                self._tell(
+                    Exited(
+                        process_id=process_id,
+                        pid=0,
+                        status=1,
+                        log=f"the zygote is gone: {error}",
+                    )
+                )
 
     def _tell(self, exited: Exited) -> None:
         ended = self._ended.pop(exited.process_id, None)
@@ -128,6 +135,8 @@ class LocalReplica(EngineReplica):
         if self._engine is None or not self._engine.ended.done():
             return None
         exited = self._engine.ended.result()
+        if exited.pid == 0:
+            return exited.log.strip()
         return f"the engine process {describe_exit(exited)}\n{exited.log}".strip()
 
     async def explain(self) -> str:

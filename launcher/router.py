@@ -1,6 +1,7 @@
 """Router: one EngineClient over several replicas; a request goes to the replica with the least outstanding work."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar, cast
@@ -9,6 +10,8 @@ from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 
 T = TypeVar("T")
+
+logger = logging.getLogger("shoal")
 
 
 class Router(EngineClient):
@@ -86,7 +89,9 @@ class Router(EngineClient):
         try:
             await self._replicas[index].health()
         except EngineError as cause:
-            self._failed.setdefault(index, cause)
+            if index not in self._failed:
+                self._failed[index] = cause
+                logger.warning("replica %d of %d gets no more requests: %s", index, len(self._replicas), cause)
             return
         raise error
 

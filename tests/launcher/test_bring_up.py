@@ -1,0 +1,67 @@
+"""start_engine: who starts the ranks, what is refused before anything is spawned, and one rank in this process."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shoal.demo
+from shoal.configs.loader import load_config
+from shoal.configs.schema import LauncherConfig, ParallelConfig, ShoalConfig
+from shoal.engine.messages import Request
+from shoal.launcher.bring_up import start_engine
+from shoal.launcher.kinds import choose_launcher, is_follower
+from tests.launcher.harness import collect
+
+DEMO = Path(shoal.demo.__file__).parent
+VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+TORCHRUN = {**dict.fromkeys(VARIABLES, "1"), "RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "environ", "expected"),
+    [
+        ("auto", 1, {}, "inprocess"),
+        ("auto", 2, {}, "local"),
+        ("auto", 2, TORCHRUN, "torchrun"),
+        ("local", 1, {}, "local"),
+        ("local", 2, TORCHRUN, "local"),
+        ("auto", 2, {"RANK": "0", "WORLD_SIZE": "2"}, "local"),
+    ],
+)
+def test_the_launcher_follows_settings_then_torchrun_then_the_layout(
+    kind: Any, tensor: int, environ: dict[str, str], expected: str
+) -> None:
+    config = ShoalConfig(parallel=ParallelConfig(tensor=tensor), launcher=LauncherConfig(kind=kind))
+    assert choose_launcher(config, environ) == expected
+    assert is_follower(config, environ) == (expected == "torchrun")
+    assert not is_follower(config, {**environ, "RANK": "0"})
+
+
+def test_a_missing_model_and_an_impossible_layout_are_refused_before_a_process_starts() -> None:
+    with pytest.raises(ValueError, match=r"model\.path is not set"):
+        asyncio.run(start_engine(load_config(), None))
+    wide = load_config(keywords={"model": "demo", "tensor_parallel_size": 4000})
+    with pytest.raises(ValueError, match="4000"):
+        asyncio.run(start_engine(wide, DEMO))
+
+
+def test_one_rank_runs_in_this_process_and_reports_its_choices() -> None:
+    async def body() -> None:
+        settings = {"model": "demo", "num_blocks": 64, "max_model_len": 128, "max_num_batched_tokens": 64}
+        resolved = load_config(keywords=settings)
+        engine = await start_engine(resolved, DEMO)
+        try:
+            sampling = resolved.sampling_params(temperature=0.0, max_tokens=4)
+            tokens, last = await collect(
+                engine.client.submit(Request(request_id="a", prompt_token_ids=[5, 6, 7], sampling=sampling))
+            )
+            assert len(tokens) == 4 and last.finish_reason == "length"
+            assert engine.max_model_len == 128 and engine.vocab_size > 256
+            assert engine.report.startswith("tensor 1 x pipeline 1 x data 1 = 1 rank on ")
+            assert "64 blocks x 16 tokens" in engine.report
+        finally:
+            await engine.client.close()
+
+    asyncio.run(body())
