@@ -29,7 +29,8 @@ MEMBERS_AT, MEMBER_BYTES, RING_CONTROL = 192, 320, 192  # within a group
 SLOT_BYTES = 256 << 10  # most of one rank's slot; two per rank and group
 SLOTS_BYTES = 4 << 20  # most of all slots of a tensor group up to 64 ranks, where each keeps at least 32 KiB
 SMALL_SLOT_BYTES = 32 << 10  # groups other than "tensor" reduce little
-RINGS_BYTES = 1 << 20  # about, of all point-to-point rings of a group
+RINGS_BYTES = 1 << 20  # most of all point-to-point rings of a group, where each keeps at least 4 KiB; and
+PIPELINE_RINGS_BYTES = 8 << 20  # of a pipeline group, so that a stage can go on before the next has taken its output
 
 
 class SegmentError(RuntimeError):
@@ -58,7 +59,8 @@ def lay_out(world_size: int, groups: Sequence[GroupSpec]) -> tuple[list[GroupLay
         pairs = size * (size - 1)
         share = SLOTS_BYTES // (2 * size) if group.name == "tensor" else SMALL_SLOT_BYTES
         slot = _power_of_two(share, SMALL_SLOT_BYTES, SLOT_BYTES)
-        ring = _power_of_two(RINGS_BYTES // max(1, pairs), PAGE, RINGS_BYTES // 2)
+        rings = PIPELINE_RINGS_BYTES if group.name == "pipeline" else RINGS_BYTES
+        ring = _power_of_two(rings // max(1, pairs), PAGE, rings // 2)
         control = _pages(MEMBERS_AT + MEMBER_BYTES * size)
         total = _pages(control + 2 * size * slot + pairs * (RING_CONTROL + ring)) if size > 1 else 0
         layouts.append(GroupLayout(offset, slot, ring, total))

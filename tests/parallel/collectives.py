@@ -1,10 +1,12 @@
 """What every Communicator must do, as rank functions shared by the tests of shared memory and of torch.distributed."""
 
 import random
+import signal
 
 import torch
 
 from shoal.parallel.communicator import Communicator
+from tests.ranks import Ranks
 
 SUMMED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
 COPIED = (*SUMMED, torch.uint8, torch.bool)
@@ -83,3 +85,9 @@ def long_message(group: Communicator, numel: int) -> None:
         group.send(value, group.size - 1)
     elif group.rank == group.size - 1:
         assert torch.equal(group.recv(torch.empty_like(value), 0), value)
+
+
+def wait_for_files(ranks: Ranks, names: list[str]) -> None:
+    """Wait until other ranks of the job have made these files in its directory. The job's deadline is the limit."""
+    while not all((ranks.directory / name).exists() for name in names):
+        signal.sigtimedwait([], 0.01)

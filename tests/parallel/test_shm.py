@@ -14,7 +14,7 @@ from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.groups import GroupSpec
 from shoal.parallel.shm import ShmCommunicator
 from shoal.parallel.shm_segment import SegmentError, SharedSegment, lay_out
-from tests.parallel.collectives import draw, exercise, expected_sum, long_message
+from tests.parallel.collectives import draw, exercise, expected_sum, long_message, wait_for_files
 from tests.ranks import Ranks, run_ranks
 
 NATIVE = load_native("auto")
@@ -62,7 +62,7 @@ def exercise_groups(ranks: Ranks, path: str, groups: list, rounds: int) -> int:
 def test_random_operations_on_the_world(make_segment, world_size):
     groups = [("world", list(range(world_size)))]
     path = make_segment(groups, world_size).path
-    assert run_ranks(world_size, exercise_groups, path, groups, 60) == [60] * world_size
+    assert run_ranks(world_size, exercise_groups, path, groups, 40) == [40] * world_size
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -72,6 +72,30 @@ def test_random_operations_on_any_subgroups(make_segment, seed):
     groups = [("tensor", plan.sample(range(world_size), plan.randrange(2, world_size + 1))) for _ in range(3)]
     path = make_segment(groups, world_size).path
     run_ranks(world_size, exercise_groups, path, groups, 30)
+
+
+def long_run(ranks: Ranks, path: str, groups: list, count: int) -> int:
+    """Sums and messages with ranks running ahead and falling behind at random."""
+    (group,) = attach(ranks, path, groups)
+    pace, size = random.Random(ranks.rank), group.size
+    for number in range(count):
+        numel = 40_000 if number % 50 == 0 else 64
+        total = group.all_reduce(torch.full((numel,), float(number + group.rank)))
+        assert bool((total == number * size + size * (size - 1) // 2).all()), number
+        for _ in range(pace.randrange(3000) if pace.random() < 0.2 else 0):
+            pass
+        if number % 7 == 0:
+            group.send(total[:64], (group.rank + 1) % size)  # short: a circle of long messages would wait for itself
+            assert torch.equal(group.recv(torch.empty(64), (group.rank - 1) % size), total[:64])
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_a_long_run_at_uneven_pace(make_segment, world_size):
+    groups = [("tensor", list(range(world_size)))]
+    path = make_segment(groups, world_size).path
+    assert run_ranks(world_size, long_run, path, groups, 20_000, timeout_s=200.0) == [20_000] * world_size
 
 
 def sum_both_ways(ranks: Ranks, path: str, groups: list) -> list[torch.Tensor]:
@@ -172,6 +196,7 @@ def lose_one(ranks: Ranks, path: str, groups: list, how: str, timeout_s: float) 
         if how == "hangs":
             with pytest.raises(CollectiveError, match=r"recv: waited .* rank 0 \(replica rank 0"):
                 pipeline.recv(torch.ones(1), 0)
+            wait_for_files(ranks, ["done0", "done1"])  # an ending process would be another failure to the others
             return ""
         group.abort("disk on fire")
         return ""
@@ -180,6 +205,7 @@ def lose_one(ranks: Ranks, path: str, groups: list, how: str, timeout_s: float) 
             group.recv(torch.ones(1), 2) if how == "dies" else group.all_reduce(torch.ones(5))
         else:
             group.all_reduce(torch.ones(5))
+    (ranks.directory / f"done{ranks.rank}").touch()
     return str(caught.value)
 
 
@@ -188,6 +214,34 @@ def test_a_dead_rank_fails_the_others_at_once_and_is_named(make_segment):
     answers = run_ranks(3, lose_one, make_segment(groups, 3).path, groups, "dies", 600.0, dying=[2])
     for text in answers[:2]:
         assert "rank 2 (replica rank 2, not in any operation) has ended" in text, text
+
+
+def killed_anywhere(ranks: Ranks, path: str, groups: list, seed: int) -> str:
+    """Operations without end, until rank 1 is killed in the middle of one (SIGALRM ends a process)."""
+    (group,) = attach(ranks, path, groups, 600.0)
+    group.barrier()
+    if ranks.rank == 1:
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + random.Random(seed).random() * 0.05)
+    sizes = (1, 5000, 30_000, 300_000)
+    number = 0
+    try:
+        while True:
+            number += 1
+            group.all_reduce(torch.ones(sizes[number % 4]))
+            if ranks.rank < 2:
+                group.send(torch.ones(200_000), 1 - ranks.rank) if ranks.rank == number % 2 else group.recv(
+                    torch.ones(200_000), 1 - ranks.rank
+                )
+    except CollectiveError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rank_killed_in_the_middle_of_anything_fails_the_others_at_once(make_segment, seed):
+    groups = [("tensor", [0, 1, 2])]
+    answers = run_ranks(3, killed_anywhere, make_segment(groups, 3).path, groups, seed, dying=[1], timeout_s=20.0)
+    for text in (answers[0], answers[2]):
+        assert "rank 1 (replica rank 1" in text and "has ended" in text, text
 
 
 def test_a_late_rank_is_named_with_what_it_is_doing(make_segment):

@@ -8,7 +8,7 @@ import torch
 
 from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.mesh import make_mesh
-from tests.parallel.collectives import draw, exercise, expected_sum, long_message
+from tests.parallel.collectives import draw, exercise, expected_sum, long_message, wait_for_files
 from tests.ranks import Ranks, run_ranks
 
 
@@ -118,11 +118,6 @@ def lose_one(ranks: Ranks, how: str, timeout_s: float) -> str:
     (ranks.directory / f"done{ranks.rank}").touch()
     wait_for_files(ranks, ["done0", "done1"])  # an ending process would be a second failure to its peers
     return str(caught.value)
-
-
-def wait_for_files(ranks: Ranks, names: list[str]) -> None:
-    while not all((ranks.directory / name).exists() for name in names):
-        signal.sigtimedwait([], 0.01)
 
 
 def test_a_dead_rank_fails_the_others_and_is_named():
