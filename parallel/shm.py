@@ -149,8 +149,8 @@ class ShmCommunicator(Communicator):
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Put a tensor into the ring to rank `to`; waits only while the ring is full.
 
-        A tensor longer than the ring (4 KiB or more; 4 MiB between two stages) waits for its receiver, so ranks that all
-        send long tensors in a circle before they receive end in a timeout.
+        A tensor longer than the ring (4 KiB or more; 4 MiB between two stages) waits for its receiver, so ranks that
+        all send long tensors in a circle before they receive end in a timeout.
         """
         code = self._check(SEND, tensor, to, other=True)
         pack_header(self._header, SEND, 0, code, self.rank, tensor.numel(), to, tensor.shape)

@@ -196,7 +196,7 @@ def lose_one(ranks: Ranks, path: str, groups: list, how: str, timeout_s: float) 
         if how == "hangs":
             with pytest.raises(CollectiveError, match=r"recv: waited .* rank 0 \(replica rank 0"):
                 pipeline.recv(torch.ones(1), 0)
-            wait_for_files(ranks, ["done0", "done1"])  # an ending process would be another failure to the others
+            finish_together(ranks)
             return ""
         group.abort("disk on fire")
         return ""
@@ -205,8 +205,15 @@ def lose_one(ranks: Ranks, path: str, groups: list, how: str, timeout_s: float) 
             group.recv(torch.ones(1), 2) if how == "dies" else group.all_reduce(torch.ones(5))
         else:
             group.all_reduce(torch.ones(5))
-    (ranks.directory / f"done{ranks.rank}").touch()
+    if how == "hangs":
+        finish_together(ranks)
     return str(caught.value)
+
+
+def finish_together(ranks: Ranks) -> None:
+    """A process that ends would be another failure to those that still wait."""
+    (ranks.directory / f"done{ranks.rank}").touch()
+    wait_for_files(ranks, ["done0", "done1", "done2"])
 
 
 def test_a_dead_rank_fails_the_others_at_once_and_is_named(make_segment):
