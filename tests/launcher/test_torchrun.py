@@ -31,9 +31,9 @@ def start(layout: tuple[int, int, int], how: str) -> tuple[subprocess.Popen[str]
     return torchrun, tag
 
 
-def serve_and_end(layout: tuple[int, int, int]) -> None:
+def serve_and_end(layout: tuple[int, int, int], how: str = "ends") -> None:
     """A launch that ends in order: only world rank 0 prints, and nothing is left."""
-    torchrun, tag = start(layout, "ends")
+    torchrun, tag = start(layout, how)
     output, errors = torchrun.communicate(timeout=TIMEOUT_S)
     assert torchrun.returncode == 0, errors
     assert output == f"serving {layout[2]}\n"
@@ -57,6 +57,12 @@ def test_two_replicas_of_two_ranks_serve_and_nothing_outlives_a_killed_torchrun(
 @pytest.mark.parametrize("layout", [(2, 2, 1), (2, 1, 2), (1, 1, 2)])
 def test_a_launch_ends_in_order_and_only_the_front_end_prints(layout: tuple[int, int, int]) -> None:
     serve_and_end(layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["one replica on two", "a replica on each"])
+def test_hosts_of_their_own_are_joined_over_tcp(layout: tuple[int, int, int]) -> None:
+    serve_and_end(layout, "hosts")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 
+from shoal.launcher import torchrun_world
 from shoal.launcher.torchrun_follow import follow_model
 from shoal.launcher.torchrun_start import start_torchrun
 from tests.launcher.fake_worker import SPEC, WORKER, config
@@ -14,6 +15,8 @@ settings = config(*(int(size) for size in sys.argv[2:5]))
 how = sys.argv[5]
 if how == "differs" and os.environ["RANK"] == "2":
     settings = config(*(int(size) for size in sys.argv[2:5]), step_timeout_s=21.0)
+if how == "hosts":  # as if every two ranks had a host of their own: TCP between them, a served store, gloo
+    torchrun_world.host_id = lambda: f"host {int(os.environ['RANK']) // 2}"
 
 
 async def main() -> None:
