@@ -2,10 +2,10 @@
 
 gloo is guarded against what it does silently or fatally wrong: it sums or copies the wrong elements of non-contiguous
 tensors (refused here), ends the process when sizes differ (ranks first exchange a 128-byte header, directly between
-every two, which names who meant what and which rank is missing; about 0.1 to 0.3 ms per operation on one host), and
-sums in an order that depends on the message (halves, and everything with `deterministic`, are gathered and summed
-here, in float32 and in rank order). NCCL does no such exchange; its sums are its own unless `deterministic`, which
-gathers too. After an error the group cannot be used any more.
+every two, which names who meant what and which rank is missing, and makes a small operation take 2 to 4 times as
+long), and sums in an order that depends on the message (halves, and everything with `deterministic`, are gathered and
+summed here, in float32 and in rank order). NCCL does no such exchange; its sums are its own unless `deterministic`,
+which gathers too. After an error the group cannot be used any more.
 """
 
 import logging
