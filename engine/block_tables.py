@@ -40,9 +40,10 @@ class BlockTables:
         seq.wanted_key = seq.keys[hit] if hit < limit else None
         return hit
 
-    def is_coming(self, key: bytes | None) -> bool:
-        """Whether a running sequence is about to compute this content: cheaper to wait for than to do twice."""
-        return key in self._being_computed
+    def is_coming(self, seq: Sequence) -> bool:
+        """Whether a sequence that goes before this one computes what follows its hit: waiting saves doing it twice."""
+        owner = self._being_computed.get(seq.wanted_key) if seq.wanted_key else None
+        return owner is not None and owner.order < seq.order
 
     def newly_referenced(self, seq: Sequence, hit: int, group: int) -> int:
         """How many of the hit's blocks nobody references so far."""
@@ -65,12 +66,7 @@ class BlockTables:
             self._being_computed.setdefault(key, seq)
 
     def room(self, seq: Sequence, num_tokens: int) -> int:
-        """How many of the sequence's next `num_tokens` the available blocks suffice for.
-
-        Gives back what fell out of the windows.
-        """
-        for group in self._windowed:
-            self._drop_unseen(seq, group)
+        """How many of the sequence's next `num_tokens` the available blocks suffice for."""
         held = len(seq.tables[0]) * self.block_size - seq.num_computed
         if held >= num_tokens:
             return num_tokens
@@ -89,11 +85,15 @@ class BlockTables:
             table += blocks
         return granted
 
-    def publish(self, seq: Sequence) -> None:
-        """Let later steps find the blocks that the scheduled ones fill."""
+    def settle(self, seq: Sequence) -> None:
+        """Once its row is scheduled: later steps may find what it fills, and take what later tokens do not see."""
+        if seq.num_published < seq.num_computed // self.block_size and self.enable_prefix_caching:
+            self._publish(seq)
+        for group in self._windowed:
+            self._drop_unseen(seq, group)
+
+    def _publish(self, seq: Sequence) -> None:
         full = seq.num_computed // self.block_size
-        if full == seq.num_published or not self.enable_prefix_caching:
-            return
         if len(seq.keys) < full:
             extend_keys(seq.keys, root_key(seq.request.cache_salt), seq.tokens, self.block_size, full)
         for index in range(seq.num_published, full):
@@ -145,7 +145,7 @@ class BlockTables:
                 table, first = seq.tables[group], seq.first_live[group]
                 assert all(block == -1 for block in table[:first]), "an entry that fell out is still there"
                 assert all(block >= 0 for block in table[first:]), "a hole in a table"
-                assert first <= self._first_visible(seq.num_computed, group), "a visible block was given back"
+                assert first == self._first_visible(seq.num_computed, group), "a wrong part of a window is held"
                 assert len(table) == len(seq.tables[0]) >= seq.num_computed / self.block_size, "a table is too short"
         assert all(seq in running for seq in self._being_computed.values()), (
             "content is promised by no running sequence"

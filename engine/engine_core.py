@@ -123,13 +123,17 @@ class EngineCore:
         per_request = (self.clock.monotonic() - self._started) / max(1, self._num_finished)
         return min(max(per_request, MIN_RETRY_S), MAX_RETRY_S)
 
-    def abort(self, request_ids: list[str]) -> None:
-        """End requests with finish_reason "abort" in the next `step`; unknown ids are no error."""
+    def abort(self, request_ids: list[str], *, silent: bool = False) -> None:
+        """End requests with finish_reason "abort" in the next `step`; unknown ids are no error.
+
+        silent: nobody reads their deltas any more; there is none, and the ids are free at once.
+        """
         for request_id in request_ids:
             seq = self._live.pop(request_id, None)
             if seq is not None:
                 self.scheduler.finish(seq)
-                self._outbox.append(self._last_delta(seq, "abort"))
+                if not silent:
+                    self._outbox.append(self._last_delta(seq, "abort"))
 
     def step(self) -> list[OutputDelta]:
         """Launch what can run, wait for the oldest result, return what it gave.

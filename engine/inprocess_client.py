@@ -144,7 +144,7 @@ class InprocessClient(EngineClient):
         """Nobody reads this stream any more. The id may belong to another one by now."""
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
-            self._core.abort([request_id])
+            self._core.abort([request_id], silent=True)
 
     def _run(self) -> None:
         """The thread: commands, a step, its deltas, until closed or failed."""

@@ -108,24 +108,25 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next plan, to be launched before any other call; None when nothing can run before a result comes."""
-        draft, ready = self._survey()
-        self._decode(draft, ready)
-        self._prefill(draft)
+        draft, decoding, prefilling = self._survey()
+        self._decode(draft, decoding)
+        self._prefill(draft, prefilling)
         if not draft.preempted:
             self._admit(draft)
         return self._commit(draft) if draft.rows else None
 
-    def _survey(self) -> tuple[Draft, list[Sequence]]:
-        """An empty draft with its budget, and the sequences that wait for a decode row."""
-        ready, decoding, decode_cost, prefill = [], False, 0.0, self._waiting_tokens
+    def _survey(self) -> tuple[Draft, list[Sequence], list[Sequence]]:
+        """An empty draft with its budget, and the running sequences that wait for a decode row or a further chunk."""
+        decoding, prefilling = [], []
+        decode_cost, prefill = 0.0, self._waiting_tokens
         for seq in self.running:
             pending = len(seq.tokens) - seq.num_computed
             if pending > 1:
+                prefilling.append(seq)
                 prefill += pending
                 continue
-            decoding = True
             if pending:
-                ready.append(seq)
+                decoding.append(seq)
             if self.max_in_flight > 1:
                 decode_cost += self.cost.row_cost(1, seq.num_computed)
         for launched in self.launched:
@@ -134,25 +135,25 @@ class Scheduler:
             self.config,
             self.cost,
             self.max_in_flight,
-            decoding=decoding,
+            decoding=len(prefilling) < len(self.running),
             decode_cost=decode_cost,
             outstanding_prefill=prefill,
         )
-        return Draft(budget), ready
+        return Draft(budget), decoding, prefilling
 
-    def _decode(self, draft: Draft, ready: list[Sequence]) -> None:
+    def _decode(self, draft: Draft, decoding: list[Sequence]) -> None:
         """A row for every running sequence of which only the last token is not computed."""
         budget, balanced = draft.budget, self.max_in_flight > 1
-        for seq in ready:
+        for seq in decoding:
             if not budget.has_room_for_decode():
                 return
             if seq.status is Status.RUNNING and self._make_room(draft, seq, 1):
                 budget.take_decode(self.cost.row_cost(1, seq.num_computed) if balanced else 1.0, seq.num_computed)
                 self._add_row(draft, seq, 1)
 
-    def _prefill(self, draft: Draft) -> None:
+    def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
         """A further chunk for running sequences with more than one token to compute."""
-        for seq in [seq for seq in self.running if seq.pending > 1]:
+        for seq in prefilling:
             chunk = draft.budget.chunk(seq.pending, seq.num_computed)
             if chunk <= 0:
                 return
@@ -167,12 +168,12 @@ class Scheduler:
         """
         seats = self.max_num_running - len(self.running)
         for seq in self.waiting[: max(0, seats)]:
-            if self.tables.is_coming(seq.wanted_key):
+            if self.tables.is_coming(seq):
                 continue
-            if seq is self._refused:
+            if seq is self._refused or draft.budget.chunk(1, 0) <= 0:
                 return
             hit = self.tables.find_hit(seq)
-            if self.tables.is_coming(seq.wanted_key):
+            if self.tables.is_coming(seq):
                 continue
             num_computed = hit * self.tables.block_size
             chunk = draft.budget.chunk(len(seq.tokens) - num_computed, num_computed)
@@ -229,9 +230,9 @@ class Scheduler:
         seq.in_flight += 1
 
     def _commit(self, draft: Draft) -> StepPlan:
-        """The plan of a draft. Its blocks are published now: to later steps, not to its own rows."""
+        """The plan of a draft. What it fills and frees is for later steps, not for its own rows."""
         for seq in draft.sequences:
-            self.tables.publish(seq)
+            self.tables.settle(seq)
         plan = StepPlan(
             epoch=self.epoch,
             step=self.num_steps,

@@ -22,7 +22,7 @@ def start(tables: BlockTables, seq: Sequence) -> Sequence:
     tables.attach(seq, tables.find_hit(seq))
     tables.append(seq, tables.room(seq, seq.pending))
     seq.num_computed = len(seq.tokens)
-    tables.publish(seq)
+    tables.settle(seq)
     return seq
 
 

@@ -18,7 +18,7 @@ def advance(tables: BlockTables, seq: Sequence, num_tokens: int) -> list[list[in
     assert tables.room(seq, num_tokens) == num_tokens
     granted = tables.append(seq, num_tokens)
     seq.num_computed += num_tokens
-    tables.publish(seq)
+    tables.settle(seq)
     return granted
 
 
@@ -58,19 +58,19 @@ def test_content_on_its_way_is_waited_for_until_it_is_published_or_given_up() ->
     tables = make_tables()
     first, second = make_seq(list(range(12)), 0), make_seq([*range(12), 5], 1)
     tables.attach(first, tables.find_hit(first))
-    assert tables.find_hit(second) == 0 and tables.is_coming(second.wanted_key)
+    assert tables.find_hit(second) == 0 and tables.is_coming(second)
     advance(tables, first, 5)
-    assert not tables.is_coming(second.wanted_key)
-    assert tables.find_hit(second) == 1 and tables.is_coming(second.wanted_key)
+    assert not tables.is_coming(second)
+    assert tables.find_hit(second) == 1 and tables.is_coming(second)
     tables.release(first)
-    assert not tables.is_coming(second.wanted_key)
+    assert not tables.is_coming(second)
 
 
 def test_who_must_compute_it_anyway_waits_for_nothing() -> None:
     tables = make_tables()
     first, second = make_seq(list(range(12)), 0), make_seq(list(range(12)), 1, prompt_logprobs=0)
     tables.attach(first, tables.find_hit(first))
-    assert tables.find_hit(second) == 0 and not tables.is_coming(second.wanted_key)
+    assert tables.find_hit(second) == 0 and not tables.is_coming(second)
 
 
 def test_windows_give_back_what_fell_out() -> None:

@@ -210,6 +210,9 @@ def test_an_id_is_in_use_until_its_last_delta_was_taken() -> None:
         core.add(make_request("r", [2]))
     core.step()
     run_all(core, [make_request("r", [2])])
+    core.add(make_request("r", [1]))
+    core.abort(["r"], silent=True)
+    assert run_all(core, [make_request("r", [2])])["r"].finish_reason == "length"
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

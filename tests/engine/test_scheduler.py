@@ -195,6 +195,16 @@ def test_those_who_wait_for_a_prefix_do_not_hold_up_others() -> None:
     assert shape(bench.step()) == [("a", 0, 12), ("other", 0, 2)]
 
 
+def test_the_urgent_do_not_wait_for_a_prefix_of_those_behind_them() -> None:
+    bench = Bench(max_num_batched_tokens=16)
+    bench.add("a", list(range(24)))
+    bench.step()
+    bench.add("urgent", list(range(24)), priority=-1)
+    bench.add("patient", list(range(24)), priority=1)
+    assert shape(bench.step()) == [("a", 16, 8), ("urgent", 16, 8)]
+    assert shape(bench.step())[-1] == ("patient", 20, 4)
+
+
 def test_a_sequence_that_does_not_fit_is_not_overtaken() -> None:
     bench = Bench(make_capacity(num_blocks=8, max_model_len=32))
     bench.add("a", list(range(16)), 2)
