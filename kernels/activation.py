@@ -45,7 +45,7 @@ def _native(library: NativeLibrary, x: torch.Tensor, kind: str, gated: bool) -> 
     rows, width = x.shape
     out = torch.empty((rows, width // 2 if gated else width), dtype=x.dtype)
     function = library.function("shoal_activation", _PROTOTYPE)
-    code, stride = DTYPE_CODES[x.dtype], x.stride(0)
+    code, stride = DTYPE_CODES[x.dtype], x.stride()[0]
     function(code, KINDS[kind], gated, x.data_ptr(), stride, out.data_ptr(), rows, out.shape[1])
     return out
 

@@ -207,12 +207,13 @@ def _native(
     out: torch.Tensor,
 ) -> None:
     block_table, cu_seqlens_q, seq_lens = tables
-    assert all(t.dtype == torch.int32 for t in (*tables, q_to_kv)) and cu_seqlens_q.is_contiguous()
+    assert block_table.dtype == cu_seqlens_q.dtype == seq_lens.dtype == q_to_kv.dtype == torch.int32
+    assert cu_seqlens_q.is_contiguous() and seq_lens.is_contiguous() and block_table.stride()[-1] == 1
     _, block_size, num_kv_heads, head_dim = caches[0].shape
     sink_values = None if sinks is None else sinks.float().contiguous()
     status = library.function("shoal_paged_attention", _PROTOTYPE, INT)(
-        DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride(0), caches[0].data_ptr(), caches[1].data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), seq_lens.shape[0],
+        DTYPE_CODES[q_THD.dtype], q_THD.data_ptr(), q_THD.stride()[0], caches[0].data_ptr(), caches[1].data_ptr(),
+        block_table.data_ptr(), block_table.stride()[0], cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), len(seq_lens),
         q_to_kv.data_ptr(), None if sink_values is None else sink_values.data_ptr(), out.data_ptr(), q_THD.shape[1],
         num_kv_heads, head_dim, block_size, scale, window or 0, softcap or 0.0,
     )  # fmt: skip
@@ -248,10 +249,10 @@ def paged_attention(
     """
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape
     assert q_THD.dtype == k_cache.dtype == v_cache.dtype and q_THD.shape[2] == k_cache.shape[3]
-    result = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out is None else out
+    result = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out is None else out
     heads = uniform_map(q_THD.shape[1], k_cache.shape[2], q_THD.device) if q_to_kv is None else q_to_kv
-    library = native_library() if q_THD.device.type == "cpu" else None
-    if library is not None and takes_native(q_THD) and q_THD.stride(1) == q_THD.shape[2]:
+    library = native_library() if q_THD.is_cpu else None
+    if library is not None and takes_native(q_THD) and q_THD.stride()[1] == q_THD.shape[2]:
         tables = block_table_RB, cu_seqlens_q, seq_lens
         _native(library, q_THD, (k_cache, v_cache), tables, scale, window, softcap, sinks, heads, result)
         return result

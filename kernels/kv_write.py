@@ -37,18 +37,18 @@ def kv_write(
     """
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and keys_TKD.dtype == values_TKD.dtype == k_cache.dtype
     num_tokens, num_kv_heads, head_dim = keys_TKD.shape
-    library = native_library() if keys_TKD.device.type == "cpu" else None
-    rows_dense = all(t.stride()[1:] == (head_dim, 1) for t in (keys_TKD, values_TKD))
-    if library is None or not rows_dense or not slot_mapping_T.is_contiguous():
+    library = native_library() if keys_TKD.is_cpu else None
+    dense = keys_TKD.stride()[1:] == (head_dim, 1) == values_TKD.stride()[1:]
+    if library is None or not dense or not slot_mapping_T.is_contiguous():
         k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping_T, keys_TKD)
         v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping_T, values_TKD)
         return
     size = keys_TKD.element_size()
     library.function("shoal_kv_write", _PROTOTYPE)(
         keys_TKD.data_ptr(),
-        keys_TKD.stride(0) * size,
+        keys_TKD.stride()[0] * size,
         values_TKD.data_ptr(),
-        values_TKD.stride(0) * size,
+        values_TKD.stride()[0] * size,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         slot_mapping_T.data_ptr(),

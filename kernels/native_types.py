@@ -14,4 +14,7 @@ def takes_native(*tensors: torch.Tensor) -> bool:
     """Whether the C kernels read these tensors: on a CPU, of a type they know, elements of the last dimension
     adjacent.
     """
-    return all(t.device.type == "cpu" and t.dtype in DTYPE_CODES and t.stride(-1) == 1 for t in tensors)
+    for tensor in tensors:  # a loop: this is on the path of every operation of every layer
+        if not tensor.is_cpu or tensor.dtype not in DTYPE_CODES or tensor.stride()[-1] != 1:
+            return False
+    return True

@@ -22,10 +22,13 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, uni
 def _native(
     library: NativeLibrary, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, out: torch.Tensor
 ) -> None:
-    function = library.function("shoal_rms_norm", _PROTOTYPE)
-    (x_outer, x_inner), (out_outer, out_inner) = ((0, 0, *t.stride()[:-1])[-2:] for t in (x, out))
-    outer, inner = (1, 1, *x.shape[:-1])[-2:]
-    function(
+    shape, x_strides, out_strides = x.shape, x.stride(), out.stride()
+    if len(shape) == 3:
+        (outer, inner, size), (x_outer, x_inner, _), (out_outer, out_inner, _) = shape, x_strides, out_strides
+    else:
+        (inner, size), (x_inner, _), (out_inner, _) = shape, x_strides, out_strides
+        outer, x_outer, out_outer = 1, 0, 0
+    library.function("shoal_rms_norm", _PROTOTYPE)(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x_outer,
@@ -36,7 +39,7 @@ def _native(
         out_inner,
         outer,
         inner,
-        x.shape[-1],
+        size,
         eps,
         offset,
     )
@@ -51,10 +54,11 @@ def rms_norm(
     out: where to write, of x's shape and dtype; it may be x itself. Returns out, or a new contiguous tensor.
     """
     assert weight.shape == x.shape[-1:] and weight.dtype == x.dtype, (weight.shape, weight.dtype, x.shape, x.dtype)
-    library = native_library() if x.device.type == "cpu" else None
-    if library is None or x.dim() > 3 or not takes_native(x, weight, *(() if out is None else (out,))):
+    library = native_library() if x.is_cpu else None
+    if library is None or x.dim() not in (2, 3) or not takes_native(x, weight if out is None else out):
         result = rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
         return result.to(x.dtype) if out is None else out.copy_(result)
-    target = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _native(library, x, weight, eps, 1.0 if unit_offset else 0.0, target)
-    return target
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _native(library, x, weight, eps, 1.0 if unit_offset else 0.0, out)
+    return out

@@ -35,9 +35,9 @@ def rope_(x_THD: torch.Tensor, cos_sin_TR: torch.Tensor) -> torch.Tensor:
     sines.
     """
     num_tokens, num_heads, _ = x_THD.shape
-    rotary_dim = cos_sin_TR.shape[1]
-    assert cos_sin_TR.dtype == torch.float32 and cos_sin_TR.is_contiguous() and cos_sin_TR.shape[0] == num_tokens
-    library = native_library() if x_THD.device.type == "cpu" else None
+    rows, rotary_dim = cos_sin_TR.shape
+    assert cos_sin_TR.dtype == torch.float32 and cos_sin_TR.is_contiguous() and rows == num_tokens
+    library = native_library() if x_THD.is_cpu else None
     if library is None or not takes_native(x_THD):
         x_THD[..., :rotary_dim] = rope_reference(x_THD[..., :rotary_dim], cos_sin_TR)
         return x_THD

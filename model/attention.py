@@ -36,6 +36,8 @@ class AttentionMixer:
         heads = shard.heads(spec)
         self.spec, self.deterministic = spec, deterministic
         self.num_heads, self.num_kv_heads = heads.num_heads, heads.num_kv_heads
+        self.split = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        self.num_rows = sum(self.split)
         self.qkv = ColumnLinear(params["qkv.weight"], params.get("qkv.bias"), deterministic=deterministic)
         self.out = RowLinear(params["o.weight"], params.get("o.bias"), group, deterministic=deterministic)
         self.out_bias = self.out.bias
@@ -52,15 +54,12 @@ class AttentionMixer:
         x: [T, H]; cos_sin: the rows' rotary cosines and sines, None without rotary positions. Returns [T, H].
         """
         num_tokens, dim = x_TH.shape[0], self.spec.head_dim
-        qkv = self.qkv(x_TH)
-        turned = self.num_heads + self.num_kv_heads
-        qk_TGD = qkv[:, : turned * dim].view(num_tokens, turned, dim)
-        q_TQD, k_TKD = qk_TGD[:, : self.num_heads], qk_TGD[:, self.num_heads :]
-        v_TKD = qkv[:, turned * dim :].view(num_tokens, self.num_kv_heads, dim)
+        heads_TGD = self.qkv(x_TH).view(num_tokens, self.num_rows, dim)
+        q_TQD, k_TKD, v_TKD = heads_TGD.split_with_sizes(self.split, 1)
         if self.qk_norm is not None:
             self.qk_norm(q_TQD, k_TKD)
         if cos_sin_TR is not None:
-            rope_(qk_TGD, cos_sin_TR)
+            rope_(heads_TGD[:, : self.num_heads + self.num_kv_heads], cos_sin_TR)
         tables = batch.groups[cache.group]
         kv_write(k_TKD, v_TKD, cache.keys, cache.values, tables.slot_mapping_T)
         attended_TQD = paged_attention(

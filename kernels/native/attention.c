@@ -14,7 +14,7 @@
 #ifdef __AVX512F__
 #define MAX_ROWS 4 /* accumulators: 4 rows x 4 keys of 32 registers */
 #else
-#define MAX_ROWS 1
+#define MAX_ROWS 2 /* 2 rows x 4 keys of 16 registers */
 #endif
 
 typedef struct {
@@ -33,16 +33,27 @@ typedef struct {
     const char *keys[TILE], *values[TILE];
 } Scratch;
 
+/* The first or the second pair of every four lanes of a and b, alternating; and the pairs of both put together. */
+#if LANES == 16
+#define FIRST_OF(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define SECOND_OF(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define FIRST_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define SECOND_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#else
+#define FIRST_OF(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define SECOND_OF(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define FIRST_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define SECOND_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#endif
+
 /* The sums of four vectors, in the order of one tree. */
 INLINE void sum_four(vf a, vf b, vf c, vf d, float *out) {
-    vf ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-            SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    vf cd = SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-            SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    vf all = SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-             SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    all += SHUFFLE(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
-    all += SHUFFLE(all, all, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+    vf ab = FIRST_OF(a, b) + SECOND_OF(a, b), cd = FIRST_OF(c, d) + SECOND_OF(c, d);
+    vf all = FIRST_PAIRS(ab, cd) + SECOND_PAIRS(ab, cd);
+#if LANES == 16
+    all += UPPER(all);
+#endif
+    all += SECOND_FOUR(all);
     for (int i = 0; i < 4; i++) out[i] = all[i];
 }
 
@@ -61,7 +72,7 @@ INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows,
             for (int i = 0; i < 4; i++) k[i] = load(key[i] + c * step, type), __builtin_prefetch(next[i] + c * step);
             for (int r = 0; r < rows; r++) {
                 vf q = *(const vf *)(s->q + (row + r) * s->width + c * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] = fused(q, k[i], sums[r][i]);
+                for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(q, k[i], sums[r][i]);
             }
         }
         if (part) {
@@ -69,7 +80,7 @@ INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows,
             for (int i = 0; i < 4; i++) k[i] = load_part(key[i] + whole * step, type, part);
             for (int r = 0; r < rows; r++) {
                 vf q = *(const vf *)(s->q + (row + r) * s->width + whole * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] = fused(q, k[i], sums[r][i]);
+                for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(q, k[i], sums[r][i]);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -126,7 +137,7 @@ INLINE void add_values(const Scratch *s, int type, int rows, int64_t row, int fi
         }
         for (int r = 0; r < rows; r++) {
             vf weight = splat(weights[r][j]);
-            for (int i = 0; i < count; i++) sums[r][i] = fused(weight, v[i], sums[r][i]);
+            for (int i = 0; i < count; i++) sums[r][i] = multiply_add(weight, v[i], sums[r][i]);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -191,10 +202,10 @@ INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, i
             }
 #if MAX_ROWS == 4
             if (rows == 4) attend_rows(a, s, type, 4, m, first_seen, stop_seen);
-            else if (rows >= 2) rows = 2, attend_rows(a, s, type, 2, m, first_seen, stop_seen);
             else
 #endif
-                rows = 1, attend_rows(a, s, type, 1, m, first_seen, stop_seen);
+                if (rows >= 2) rows = 2, attend_rows(a, s, type, 2, m, first_seen, stop_seen);
+            else rows = 1, attend_rows(a, s, type, 1, m, first_seen, stop_seen);
             m += rows;
         }
     }

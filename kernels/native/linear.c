@@ -1,14 +1,10 @@
 /* y = x w^T + bias with one reduction order per output element, whatever the number of rows, their place, or the threads.
  *
  * x [rows, inner], w [columns, inner], bias [columns] or NULL, y [rows, columns], all of one type, accumulated in float32. An element: blocks
- * of INNER positions; within a block sixteen lanes, lane j taking positions j, j + 16, ...; a fixed tree over the lanes; blocks added in
- * rising order; the bias last; one rounding. Tiles only decide how many elements are in registers at once. Called from kernels/linear.py.
+ * of INNER positions; within a block the lanes of a vector, each taking every LANES-th position; a fixed tree over the lanes; blocks added
+ * in rising order; the bias last; one rounding. Tiles only decide how many elements are in registers at once. Called from kernels/linear.py.
  */
 #include "vector.h"
-
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
 
 #define INNER 1024 /* 4 KiB of a float32 row: the rows of a tile stay in the first-level cache */
 #define ROWS 96    /* a block of rows times INNER, */
@@ -20,8 +16,8 @@
 enum { MOST_ROWS = 6, MOST_COLUMNS = 8 };
 #define FOR_EACH_TILE(DO) DO(6, 4) DO(4, 4) DO(2, 8) DO(1, 8)
 #else
-enum { MOST_ROWS = 2, MOST_COLUMNS = 4 };
-#define FOR_EACH_TILE(DO) DO(2, 2) DO(1, 4)
+enum { MOST_ROWS = 3, MOST_COLUMNS = 8 };
+#define FOR_EACH_TILE(DO) DO(3, 4) DO(2, 4) DO(1, 8)
 #endif
 
 typedef struct {
@@ -29,23 +25,6 @@ typedef struct {
     char *y;
     int64_t rows, columns, inner, x_stride, w_stride, y_stride; /* strides in elements */
 } problem;
-
-/* a b + c, fused wherever the processor can. Spelled out, because some compilers' tuning fuses in one loop and not in the next. */
-INLINE vf multiply_add(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    union { vf v; __m256 half[2]; } p = {a}, q = {b}, r = {c};
-    r.half[0] = _mm256_fmadd_ps(p.half[0], q.half[0], r.half[0]);
-    r.half[1] = _mm256_fmadd_ps(p.half[1], q.half[1], r.half[1]);
-    return r.v;
-#elif defined(__FP_FAST_FMAF)
-    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#else
-    return a * b + c;
-#endif
-}
 
 /* sums[r * COLUMNS + c] (+)= dot products over `count` positions of m rows of x (float32) and n rows of w; m, n, type are constants here. */
 INLINE void tile(int type, const float *x, int64_t x_stride, const char *w, int64_t w_step, int64_t count, int first, float *sums, int m, int n) {

@@ -1,7 +1,8 @@
-/* Sixteen float32 lanes and the element types tensors come in: what every CPU kernel is written with.
+/* Vectors of float32 lanes and the element types tensors come in: what the CPU kernels are written with.
  *
- * GCC vector extensions only, so the same source serves AVX-512, AVX2, SSE and NEON. A row's arithmetic has one order whatever is computed
- * beside it: lanes are accumulated by chunk in rising order and summed by one fixed tree. Types: 0 float32, 1 bfloat16, 2 float16.
+ * GCC vector extensions, so the same source serves AVX-512 (16 lanes), AVX2, SSE and NEON (8 lanes). A row's arithmetic has one order
+ * whatever is computed beside it: lanes are accumulated by chunk in rising order and summed by one fixed tree. Types: 0 float32, 1 bfloat16,
+ * 2 float16.
  */
 #ifndef SHOAL_VECTOR_H
 #define SHOAL_VECTOR_H
@@ -17,17 +18,21 @@
 #pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors stay inside this library: everything that takes them is inlined */
 #endif
 
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 #define INLINE static inline __attribute__((always_inline, unused))
 
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vh_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef float vf_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -37,7 +42,13 @@ typedef uint16_t vh_unaligned __attribute__((vector_size(32), aligned(2), may_al
 
 INLINE int64_t element_size(int type) { return type == F32 ? 4 : 2; }
 
-INLINE vf splat(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vf splat(float x) {
+#if LANES == 16
+    return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#else
+    return (vf){x, x, x, x, x, x, x, x};
+#endif
+}
 
 /* Lanes of a where mask is set, of b elsewhere. */
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -47,14 +58,11 @@ INLINE vf max_lanes(vf a, vf b) { return choose(a > b, a, b); }
 
 /* a b + c, fused wherever the processor can. Spelled out where several copies of a loop must agree to the bit: some compilers' tuning fuses
  * in one and not in the next. */
-INLINE vf fused(vf a, vf b, vf c) {
+INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
-    union { vf v; __m256 half[2]; } p = {a}, q = {b}, r = {c};
-    r.half[0] = _mm256_fmadd_ps(p.half[0], q.half[0], r.half[0]);
-    r.half[1] = _mm256_fmadd_ps(p.half[1], q.half[1], r.half[1]);
-    return r.v;
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__FP_FAST_FMAF)
     for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
@@ -89,7 +97,7 @@ INLINE vh float_to_brain(vf x) {
     return __builtin_convertvector(choose_bits((vi)(x != x), nan, rounded), vh);
 }
 
-/* Sixteen elements at p, which need not be aligned. */
+/* LANES elements at p, which need not be aligned. */
 INLINE vf load(const void *p, int type) {
     if (type == F32) return *(const vf_unaligned *)p;
     vh h = *(const vh_unaligned *)p;
@@ -101,29 +109,41 @@ INLINE void store(void *p, int type, vf x) {
     else *(vh_unaligned *)p = type == BF16 ? float_to_brain(x) : float_to_half(x);
 }
 
-/* The first n < 16 elements at p, zeros after them; nothing beyond is read. */
+/* The first n < LANES elements at p, zeros after them; nothing beyond is read. */
 INLINE vf load_part(const void *p, int type, int64_t n) {
-    char buffer[64] __attribute__((aligned(64))) = {0};
+    char buffer[4 * LANES] __attribute__((aligned(64))) = {0};
     memcpy(buffer, p, (size_t)(n * element_size(type)));
     return load(buffer, type);
 }
 
 INLINE void store_part(void *p, int type, vf x, int64_t n) {
-    char buffer[64] __attribute__((aligned(64)));
+    char buffer[4 * LANES] __attribute__((aligned(64)));
     store(buffer, type, x);
     memcpy(p, buffer, (size_t)(n * element_size(type)));
 }
 
+/* Lanes 8 to 15, and lanes 4 to 7, brought to the front. */
+#if LANES == 16
+#define UPPER(x) SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15)
+#define SECOND_FOUR(x) SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7)
+#else
+#define SECOND_FOUR(x) SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7)
+#endif
+
 /* Sum and maximum of the lanes, by halves. */
 INLINE float sum_lanes(vf x) {
-    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
-    x += SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+#if LANES == 16
+    x += UPPER(x);
+#endif
+    x += SECOND_FOUR(x);
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
 INLINE float largest_lane(vf x) {
-    x = max_lanes(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
-    x = max_lanes(x, SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7));
+#if LANES == 16
+    x = max_lanes(x, UPPER(x));
+#endif
+    x = max_lanes(x, SECOND_FOUR(x));
     float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
     return a > b ? a : b;
 }

@@ -129,3 +129,14 @@ def test_a_later_overflow_does_not_reach_earlier_queries() -> None:
     broken[30] = float("inf")
     mixed = paged_attention(*paged([(queries, keys, broken)], 8, 0), scale=0.25, deterministic=True)
     assert torch.equal(mixed[:30], clean[:30])
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    arguments = paged(random_rows([(1, 300), (40, 90), (1, 17), (64, 64)], (8, 2), 32), 16, 0)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(paged_attention(*arguments, scale=0.2, deterministic=True))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
