@@ -42,7 +42,7 @@ class AttentionMixer:
         self.out = RowLinear(params["o.weight"], params.get("o.bias"), group, deterministic=deterministic)
         self.out_bias = self.out.bias
         device = params["qkv.weight"].device
-        self.q_to_kv = None if heads.uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
+        self.q_to_kv = torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
         self.sinks = params["sinks"].float() if spec.sinks else None
         self.qk_norm = make_qk_norm(spec, shard, params, group, deterministic=deterministic)
 

@@ -169,48 +169,54 @@ INLINE void find_keys(const Attention *a, Scratch *s, int type, const int32_t *b
     }
 }
 
-/* Queries [q_first, q_stop) of the batch, which belong to row `row`, with the query heads of key/value head kv. */
-INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, int64_t q_first, int64_t q_stop, int64_t kv) {
-    const int64_t size = element_size(type), dim = a->head_dim, group = a->head_start[kv + 1] - a->head_start[kv];
-    const int32_t *heads = a->head_list + a->head_start[kv], *blocks = a->block_table + row * a->table_stride;
-    const int64_t count = (q_stop - q_first) * group, to_position = a->seq_lens[row] - a->cu_seqlens_q[row + 1];
-    for (int64_t m = 0; m < count; m++) {
-        const char *query = a->q + ((q_first + m / group) * a->q_stride + heads[m % group] * dim) * size;
+/* Some of a row's queries, from number `first` of the batch on, with the `group` query heads of one key/value head: `count` pairs of query
+ * and head, query by query. to_position: what turns a query's number in the batch into its position. */
+typedef struct {
+    int64_t first, group, count, to_position;
+    const int32_t *heads;
+} Item;
+
+INLINE void start_item(const Attention *a, Scratch *s, int type, const Item *t) {
+    const int64_t size = element_size(type), dim = a->head_dim;
+    for (int64_t m = 0; m < t->count; m++) {
+        const char *query = a->q + ((t->first + m / t->group) * a->q_stride + t->heads[m % t->group] * dim) * size;
         for (int64_t d = 0; d < s->width; d += LANES) {
             *(vf *)(s->q + m * s->width + d) = dim - d >= LANES ? load(query + d * size, type) : load_part(query + d * size, type, dim - d);
             *(vf *)(s->o + m * s->width + d) = splat(0.0f);
         }
         s->largest[m] = -INFINITY, s->total[m] = 0.0f;
     }
-    const int64_t window = a->window > 0 ? a->window : INT64_MAX, last = q_stop - 1 + to_position;
-    const int64_t oldest = q_first + to_position - window + 1 > 0 ? q_first + to_position - window + 1 : 0;
-    for (int64_t base = oldest / TILE * TILE; base <= last; base += TILE) {
-        int64_t stop = last + 1 < base + TILE ? last + 1 : base + TILE;
-        find_keys(a, s, type, blocks, kv, base, oldest > base ? oldest : base, stop);
-        for (int64_t m = 0; m < count;) {
-            int first_seen = 0, stop_seen = 0, rows = 0;
-            for (; rows < MAX_ROWS && m + rows < count; rows++) { /* rows that see the same part of the tile go together */
-                int64_t position = q_first + (m + rows) / group + to_position;
-                int64_t lowest = position - window + 1 - base, highest = position + 1 - base;
-                int from = lowest > 0 ? (lowest < TILE ? (int)lowest : TILE) : 0, to = highest < TILE ? (int)highest : TILE;
-                if (rows && (from != first_seen || to != stop_seen)) break;
-                first_seen = from, stop_seen = to;
-            }
-            if (stop_seen <= first_seen) {
-                m += rows;
-                continue;
-            }
-#if MAX_ROWS == 4
-            if (rows == 4) attend_rows(a, s, type, 4, m, first_seen, stop_seen);
-            else
-#endif
-                if (rows >= 2) rows = 2, attend_rows(a, s, type, 2, m, first_seen, stop_seen);
-            else rows = 1, attend_rows(a, s, type, 1, m, first_seen, stop_seen);
-            m += rows;
+}
+
+/* One tile of keys, from position base on, for all pairs; those that see the same part of it go together. */
+INLINE void attend_tile(const Attention *a, const Scratch *s, int type, const Item *t, int64_t window, int64_t base) {
+    for (int64_t m = 0; m < t->count;) {
+        int first = 0, stop = 0, rows = 0;
+        for (; rows < MAX_ROWS && m + rows < t->count; rows++) {
+            int64_t position = t->first + (m + rows) / t->group + t->to_position;
+            int64_t lowest = position - window + 1 - base, highest = position + 1 - base;
+            int from = lowest > 0 ? (lowest < TILE ? (int)lowest : TILE) : 0, to = highest < TILE ? (int)highest : TILE;
+            if (rows && (from != first || to != stop)) break;
+            first = from, stop = to;
         }
+        if (stop <= first) { /* none of this tile is seen */
+            m += rows;
+            continue;
+        }
+#if MAX_ROWS == 4
+        if (rows == 4) attend_rows(a, s, type, 4, m, first, stop);
+        else
+#endif
+            if (rows >= 2) rows = 2, attend_rows(a, s, type, 2, m, first, stop);
+        else rows = 1, attend_rows(a, s, type, 1, m, first, stop);
+        m += rows;
     }
-    for (int64_t m = 0; m < count; m++) {
-        int64_t head = heads[m % group];
+}
+
+INLINE void finish_item(const Attention *a, const Scratch *s, int type, const Item *t) {
+    const int64_t size = element_size(type), dim = a->head_dim;
+    for (int64_t m = 0; m < t->count; m++) {
+        int64_t head = t->heads[m % t->group];
         float factor = 1.0f, total = s->total[m];
         if (a->sinks) { /* one more term in the sum, with no value */
             float sink = a->sinks[head], largest = sink > s->largest[m] ? sink : s->largest[m];
@@ -218,13 +224,27 @@ INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, i
             total = total * factor + exp_lanes(splat(sink - largest))[0];
         }
         vf inverse = splat(factor / total);
-        char *out = a->out + ((q_first + m / group) * a->num_heads + head) * dim * size;
+        char *out = a->out + ((t->first + m / t->group) * a->num_heads + head) * dim * size;
         for (int64_t d = 0; d < dim; d += LANES) {
             vf value = *(const vf *)(s->o + m * s->width + d) * inverse;
             if (dim - d >= LANES) store(out + d * size, type, value);
             else store_part(out + d * size, type, value, dim - d);
         }
     }
+}
+
+INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, int64_t first, int64_t stop, int64_t kv) {
+    const int64_t group = a->head_start[kv + 1] - a->head_start[kv];
+    const Item t = {first, group, (stop - first) * group, a->seq_lens[row] - a->cu_seqlens_q[row + 1], a->head_list + a->head_start[kv]};
+    const int32_t *blocks = a->block_table + row * a->table_stride;
+    const int64_t window = a->window > 0 ? a->window : INT64_MAX, end = stop + t.to_position;
+    const int64_t oldest = first + t.to_position - window + 1 > 0 ? first + t.to_position - window + 1 : 0;
+    start_item(a, s, type, &t);
+    for (int64_t base = oldest / TILE * TILE; base < end; base += TILE) {
+        find_keys(a, s, type, blocks, kv, base, oldest > base ? oldest : base, end < base + TILE ? end : base + TILE);
+        attend_tile(a, s, type, &t, window, base);
+    }
+    finish_item(a, s, type, &t);
 }
 
 static void attend_f32(const Attention *a, Scratch *s, int64_t row, int64_t first, int64_t stop, int64_t kv) {
@@ -237,22 +257,9 @@ static void attend_f16(const Attention *a, Scratch *s, int64_t row, int64_t firs
     attend_item(a, s, F16, row, first, stop, kv);
 }
 
-/* q [num_tokens, num_heads, head_dim] with rows q_stride elements apart; caches [num_blocks, block_size, num_kv_heads, head_dim], contiguous,
- * of the same type; out contiguous. q_to_kv [num_heads]; sinks [num_heads] or null; window and softcap 0: none.
- * Returns 0, or -1 when there is no memory. */
-int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void *k_cache, const void *v_cache, const int32_t *block_table,
-                          int64_t table_stride, const int32_t *cu_seqlens_q, const int32_t *seq_lens, int64_t num_rows,
-                          const int32_t *q_to_kv, const float *sinks, void *out, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                          int64_t block_size, float scale, int64_t window, float softcap) {
-    int64_t most = 1, num_tokens = cu_seqlens_q[num_rows];
-    int32_t *heads = malloc(sizeof(int32_t) * (size_t)(num_heads + num_kv_heads + 1));
-    int32_t(*items)[2] = malloc(sizeof(int32_t[2]) * (size_t)(num_tokens + 1));
-    if (!heads || !items) {
-        free(heads), free(items);
-        return -1;
-    }
-    int32_t *starts = heads + num_heads;
-    int64_t found = 0;
+/* The query heads of every key/value head: heads[starts[kv]] to heads[starts[kv + 1] - 1]. Returns the most of one. */
+static int64_t group_heads(const int32_t *q_to_kv, int64_t num_heads, int64_t num_kv_heads, int32_t *heads, int32_t *starts) {
+    int64_t most = 1, found = 0;
     for (int64_t kv = 0; kv < num_kv_heads; kv++) {
         starts[kv] = (int32_t)found;
         for (int64_t head = 0; head < num_heads; head++)
@@ -260,20 +267,22 @@ int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void 
         if (found - starts[kv] > most) most = found - starts[kv];
     }
     starts[num_kv_heads] = (int32_t)found;
-    const int64_t run = most < ITEM_ROWS ? ITEM_ROWS / most : 1;
-    int64_t num_items = 0, work = 0;
-    for (int64_t row = 0; row < num_rows; row++) {
-        work += (int64_t)seq_lens[row] * (cu_seqlens_q[row + 1] - cu_seqlens_q[row]);
-        for (int64_t first = cu_seqlens_q[row]; first < cu_seqlens_q[row + 1]; first += run, num_items++)
-            items[num_items][0] = (int32_t)row, items[num_items][1] = (int32_t)first;
-    }
-    const Attention a = {q,    k_cache,  v_cache,      out,       block_table,  cu_seqlens_q, seq_lens,   heads,  starts, sinks,
-                         q_stride, table_stride, num_heads, num_kv_heads, head_dim,     block_size, window, scale,  softcap};
+    return most;
+}
+
+/* All work items: runs of `run` queries of a row, with every key/value head. Returns 0, or -1 when there is no memory. */
+static int attend_all(const Attention *a, int type, int32_t (*runs)[2], int64_t num_rows, int64_t run, int64_t most) {
     void (*attend)(const Attention *, Scratch *, int64_t, int64_t, int64_t, int64_t) =
         type == F32 ? attend_f32 : type == BF16 ? attend_bf16 : attend_f16;
-    const int64_t width = (head_dim + LANES - 1) / LANES * LANES, rows = run * most;
+    const int64_t width = (a->head_dim + LANES - 1) / LANES * LANES, rows = run * most;
+    int64_t num_runs = 0, work = 0;
+    for (int64_t row = 0; row < num_rows; row++) {
+        work += (int64_t)a->seq_lens[row] * (a->cu_seqlens_q[row + 1] - a->cu_seqlens_q[row]);
+        for (int64_t first = a->cu_seqlens_q[row]; first < a->cu_seqlens_q[row + 1]; first += run, num_runs++)
+            runs[num_runs][0] = (int32_t)row, runs[num_runs][1] = (int32_t)first;
+    }
     int failed = 0;
-#pragma omp parallel if (num_items * num_kv_heads > 1 && work * num_heads * head_dim > 65536)
+#pragma omp parallel if (num_runs * a->num_kv_heads > 1 && work * a->num_heads * a->head_dim > 65536)
     {
         size_t bytes = sizeof(float) * (size_t)(2 * rows * width + 2 * rows);
         float *buffer = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -283,13 +292,33 @@ int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void 
             failed = 1;
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_items * num_kv_heads; i++) { /* the last queries of a prompt see most keys: they go first */
-            int64_t item = num_items - 1 - i / num_kv_heads, row = items[item][0], first = items[item][1];
-            int64_t stop = first + run < cu_seqlens_q[row + 1] ? first + run : cu_seqlens_q[row + 1];
-            if (buffer) attend(&a, &scratch, row, first, stop, i % num_kv_heads);
+        for (int64_t i = 0; i < num_runs * a->num_kv_heads; i++) { /* the last queries of a prompt see most keys: they go first */
+            int64_t index = num_runs - 1 - i / a->num_kv_heads, row = runs[index][0], first = runs[index][1];
+            int64_t stop = first + run < a->cu_seqlens_q[row + 1] ? first + run : a->cu_seqlens_q[row + 1];
+            if (buffer) attend(a, &scratch, row, first, stop, i % a->num_kv_heads);
         }
         free(buffer);
     }
-    free(heads), free(items);
     return failed ? -1 : 0;
+}
+
+/* q [num_tokens, num_heads, head_dim] with rows q_stride elements apart; caches [num_blocks, block_size, num_kv_heads, head_dim], contiguous,
+ * of the same type; out contiguous. q_to_kv [num_heads]; sinks [num_heads] or null; window and softcap 0: none.
+ * Returns 0, or -1 when there is no memory. */
+int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void *k_cache, const void *v_cache, const int32_t *block_table,
+                          int64_t table_stride, const int32_t *cu_seqlens_q, const int32_t *seq_lens, int64_t num_rows,
+                          const int32_t *q_to_kv, const float *sinks, void *out, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                          int64_t block_size, float scale, int64_t window, float softcap) {
+    int32_t *heads = malloc(sizeof(int32_t) * (size_t)(num_heads + num_kv_heads + 1));
+    int32_t(*runs)[2] = malloc(sizeof(int32_t[2]) * (size_t)(cu_seqlens_q[num_rows] + 1));
+    int status = -1;
+    if (heads && runs) {
+        int32_t *starts = heads + num_heads;
+        const int64_t most = group_heads(q_to_kv, num_heads, num_kv_heads, heads, starts);
+        const Attention a = {q,     k_cache,  v_cache,      out,       block_table,  cu_seqlens_q, seq_lens,   heads,  starts, sinks,
+                             q_stride, table_stride, num_heads, num_kv_heads, head_dim,     block_size, window, scale,  softcap};
+        status = attend_all(&a, type, runs, num_rows, most < ITEM_ROWS ? ITEM_ROWS / most : 1, most);
+    }
+    free(heads), free(runs);
+    return status;
 }
