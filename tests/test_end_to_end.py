@@ -83,8 +83,9 @@ SCRIPT = """
 import sys
 from shoal import LLM, SamplingParams
 llm = LLM("demo", tensor_parallel_size=2)
-print(len(llm.generate("import", SamplingParams(max_tokens=4, ignore_eos=True),
-use_tqdm=False)[0].outputs[0].token_ids)) print("ready", flush=True)
+outputs = llm.generate("import", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+print(len(outputs[0].outputs[0].token_ids))
+print("ready", flush=True)
 sys.stdin.read()
 """
 
