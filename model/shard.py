@@ -105,6 +105,10 @@ def shard_model(spec: DecoderSpec, parallel: ParallelConfig) -> list[ModelShard]
 
     Raises ValueError naming the setting when the model cannot be divided so.
     """
+    if parallel.expert and not any(isinstance(layer.ffn, MoeFfn) for layer in spec.layers):
+        raise ValueError(
+            f"parallel.expert = true has nothing to divide: this {spec.family} model has no experts; leave it out"
+        )
     weights = tuple(parallel.tensor_weights) if parallel.tensor_weights else None
     shards = [
         ModelShard(

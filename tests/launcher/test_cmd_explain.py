@@ -72,6 +72,7 @@ def test_the_source_of_every_setting_is_named() -> None:
         (["-pp", "99"], "parallel.pipeline"),
         (["--kv-cache-memory-bytes", "64KiB"], "lower model.max_model_len to"),
         (["--max-model-len", "100000"], "max_model_len"),
+        (["-tp", "2", "--enable-expert-parallel"], "parallel.expert = true has nothing to divide"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_number_to_change(args: list[str], message: str) -> None:
