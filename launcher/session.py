@@ -16,6 +16,7 @@ from shoal.configs.model_path import resolve_model_path
 from shoal.configs.resolved import ResolvedConfig
 from shoal.launcher.progress import StartLine
 from shoal.launcher.replica_messages import Starting
+from shoal.model.families import load_spec
 from shoal.server.eos_tokens import read_eos_token_ids
 from shoal.server.front_end import FrontEnd
 from shoal.server.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ async def open_session(
     if model.path is not None:
         model_dir = await asyncio.to_thread(resolve_model_path, model.path, model.revision)
         resolved = resolved.with_generation_config(model_dir)
+        await asyncio.to_thread(load_spec, model_dir)  # a model Shoal does not run is refused as such
     tokenizer = None
     if not model.skip_tokenizer_init:
         tokenizer = await asyncio.to_thread(_read_tokenizer, model.tokenizer, model_dir)

@@ -152,3 +152,12 @@ def test_a_failing_engine_ends_with_status_1(
     assert main(["generate", DEMO, "-p", "a", *FLAGS]) == 1
     assert "rank 3: ended by a planned fault" in capsys.readouterr().err
     assert not stand_in.clients[0]._thread.is_alive()
+
+
+def test_a_model_shoal_does_not_run_is_named_before_its_tokenizer_is_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["FooForCausalLM"], "model_type": "foo"}')
+    assert main(["generate", str(tmp_path), "-p", "a"]) == 2
+    shown = capsys.readouterr().err
+    assert "FooForCausalLM" in shown and "tokenizer" not in shown
