@@ -30,9 +30,10 @@ from types import FrameType
 
 import torch
 import torch.nn.functional as F
+from demo_card import README, hardware, read_history
 from demo_model import CONFIG, Llama, summed_loss
 from demo_text import ASSISTANT, CHAT_TEMPLATE, END, EOT, KINDS, SPECIAL, USER, Corpus, build_corpus, train_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -149,64 +150,6 @@ def sample(model: Llama, tokenizer: Tokenizer, prompt: str, seed: int, max_token
     return tokenizer.decode(ids[prompt_len:])
 
 
-README = """# Shoal's demo model
-
-A Llama of {parameters:,} parameters ({heads} query heads, {kv_heads} KV heads, {layers} layers, byte-level BPE of
-{vocab} tokens, context {context}), trained from nothing by `scripts/train_demo.py` on the sources and documentation
-strings of the Python {python} standard library. It continues Python and English in their manner and answers short
-questions about the library in form; it is far too small to be right. It exists so that
-`shoal generate demo` runs a real model on any layout, on any machine, without a download.
-
-`model.safetensors` holds bfloat16 (the file is {megabytes:.1f} MB); config.json says float32, the dtype it was trained
-in and is run in with `dtype: auto`. The output layer is the embedding (`tie_word_embeddings`). A text starts with
-`<|endoftext|>`, which the tokenizer adds; a chat is `<|user|>...<|end|><|assistant|>...<|end|>`, a system message goes
-in front of the user's, and generation stops at `<|endoftext|>` or `<|end|>`.
-
-## Held-out loss
-
-Text never trained on: about 1 % of the files, modules and topics, chosen by a hash of their names. Measured with the
-bfloat16 values of the file in rows of {context} tokens. Some of it resembles files that were trained on (`distutils`).
-
-| text | nats per token | bits per byte |
-|---|---|---|
-{losses}
-
-`tests/shoal/test_demo.py` holds it below {limit} nats per token on a small text of its own.
-
-## How it was made
-
-| | |
-|---|---|
-| command | `{command}` |
-| training | {seconds:.0f} s, {steps} steps, {tokens:.1f} M tokens ({epochs:.1f} passes over the text) |
-| hardware | {hardware} |
-| versions | Python {python}, torch {torch} |
-| seed | {seed} |
-
-The budget is wall-clock time, so what else the machine does decides how many steps fit; with `--steps` instead of
-`--minutes` the same machine and versions repeat a run exactly. The text it was trained on carries the Python Software
-Foundation License.
-
-## Samples
-
-Temperature 0.7, the first draw for each prompt; the prompt ends at `▸`.
-
-{samples}
-"""
-
-
-def hardware() -> str:
-    """The class of this machine's processor and how much of it training uses."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    name = names[0].strip() if names else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread, float32"
-
-
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
@@ -252,7 +195,11 @@ class Trainer:
         self.args = args
         torch.manual_seed(args.seed)
         self.corpus = build_corpus(args.seed)
-        self.tokenizer = train_tokenizer(self.corpus, CONFIG["vocab_size"])
+        earlier: Path | None = args.continue_from
+        if earlier is None:
+            self.tokenizer = train_tokenizer(self.corpus, CONFIG["vocab_size"])
+        else:
+            self.tokenizer = Tokenizer.from_file(str(earlier / "tokenizer.json"))
         texts = [text for kind in KINDS for text in self.corpus.train[kind]]
         random.Random(args.seed).shuffle(texts)
         tokens_N = encode(self.tokenizer, texts)
@@ -264,6 +211,10 @@ class Trainer:
         )
         self.rows = Rows(tokens_N, line_end_V[tokens_N].nonzero().flatten() + 1, args.seed)
         self.model = Llama()
+        self.history = "" if earlier is None else read_history(earlier)
+        if earlier is not None:
+            weights = load_file(earlier / "model.safetensors")
+            self.model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()})
         named = dict(self.model.named_parameters())
         matrices = [p for name, p in named.items() if p.ndim == 2 and name != "embed_tokens.weight"]
         self.muon = Muon(matrices)
@@ -321,7 +272,8 @@ class Trainer:
             megabytes=(self.args.output / "model.safetensors").stat().st_size / 1e6,
             losses="\n".join(f"| {kind} | {nats:.3f} | {bits:.3f} |" for kind, (nats, bits) in losses.items()),
             limit=FIXED_TEXT_LIMIT,
-            command=f"python scripts/train_demo.py {budget} --seed {self.args.seed}",
+            history=self.history,
+            command=f"python scripts/train_demo.py {budget} --seed {self.args.seed}{self.options()}",
             seconds=time.monotonic() - self.started,
             steps=self.step,
             tokens=tokens / 1e6,
@@ -332,6 +284,12 @@ class Trainer:
             seed=self.args.seed,
             samples="\n\n".join(f"```text\n{text}\n```" for text in (t.replace("```", "'''").strip() for t in texts)),
         )
+
+    def options(self) -> str:
+        """The rest of the command: what a run that continues another was told."""
+        if self.args.continue_from is None:
+            return ""
+        return f" --continue-from {self.args.continue_from} --matrix-lr {self.args.matrix_lr:g}"
 
     def run(self) -> None:
         print(f"{len(self.rows.tokens_N):,} training tokens in one pass", flush=True)
@@ -364,6 +322,12 @@ def parse_args() -> argparse.Namespace:
     budget.add_argument("--steps", type=int, help=f"budget in steps of {TOKENS_PER_STEP} tokens instead: repeatable")
     default = Path(__file__).resolve().parent.parent / "shoal" / "demo"
     parser.add_argument("--output", type=Path, default=default, help="folder of the model (default: shoal/demo)")
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the weights and tokenizer of an earlier run; give another --seed and a lower --matrix-lr",
+    )
     parser.add_argument(
         "--seed", type=int, default=1, help="seeds weights, order of text, chats and samples (default: 1)"
     )
