@@ -116,8 +116,5 @@ async def gather_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
 def _read_tokenizer(folder: str | None, model_dir: Path | None) -> Tokenizer:
     chosen = Path(folder).expanduser() if folder is not None else model_dir
     if chosen is None:
-        raise ValueError(
-            "there is no tokenizer: the model has no folder; give model.tokenizer, or work with token ids "
-            "(skip_tokenizer_init)"
-        )
+        raise ValueError('no model is named: give its folder, a Hugging Face hub id, or "demo"')
     return Tokenizer.from_folder(chosen)

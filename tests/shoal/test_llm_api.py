@@ -164,6 +164,11 @@ def test_keywords_are_those_of_the_declaration(engine: ModuleType) -> None:
     assert engine.clients == []
 
 
+def test_a_missing_model_is_named(engine: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no model is named"):
+        LLM()
+
+
 def test_an_engine_that_does_not_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def start_engine(*_: object) -> None:
         raise EngineError("rank 1: out of memory")
