@@ -1,8 +1,8 @@
 """Shoal beside its peers: the same token ids through every engine in one run, alternating, medians, with the machine's
 limits.
 
-    python scripts/bench_peers.py --model demo                                   # Shoal and transformers on the demo
-    model python scripts/bench_peers.py --shape 200m --dtype bfloat16 --rounds 5 --json out.json --plot out.png
+    python scripts/bench_peers.py --model demo                    # Shoal and transformers on the demo
+    python scripts/bench_peers.py --shape 200m --dtype bfloat16 --rounds 5 --json out.json --plot out.png
     python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-bench BIN --gguf FILE
 
 Engines: shoal, transformers (static left-padded batches), transformers-cb (continuous batching with explicit sizes);
