@@ -230,10 +230,12 @@ class FrontEnd:
         tasks = [asyncio.ensure_future(follow(part, sequence)) for part, sequence in zip(parts, sequences)]
         for task in tasks:
             task.add_done_callback(lambda _: changed.set())
+        running = True
         try:
-            while not all(task.done() for task in tasks):
+            while running:
                 await changed.wait()
                 changed.clear()
+                running = not all(task.done() for task in tasks)  # now: whoever reads may take long over what follows
                 for task in tasks:
                     if task.done():
                         task.result()

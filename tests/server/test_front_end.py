@@ -223,6 +223,32 @@ def test_one_failing_output_of_n_ends_the_others() -> None:
     assert sorted(client_of(end).closed_streams) == ["request-0#0", "request-0#1", "request-0#2"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_ends_while_the_reader_is_busy_is_not_lost(fails: bool) -> None:
+    def script(request: Request) -> list[OutputDelta]:
+        deltas = in_chunks(request, TOKENIZER.encode(TEXT)[: 2 + request.sample_index], (1,))
+        if fails and request.sample_index == 1:
+            deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="error", error="no")
+        return deltas
+
+    end = front_end(script)
+
+    async def read() -> RequestOutput:
+        async for output in end.generate("p", SamplingParams(n=2), "r"):
+            while not fails and len(client_of(end).closed_streams) < 2:
+                await asyncio.sleep(0)
+            for _ in range(20):  # all streams have ended when the next output is asked for
+                await asyncio.sleep(0)
+        return output
+
+    if fails:
+        with pytest.raises(EngineError, match="no"):
+            asyncio.run(asyncio.wait_for(read(), 30))
+    else:
+        last = asyncio.run(asyncio.wait_for(read(), 30))
+        assert last.finished and [len(output.token_ids) for output in last.outputs] == [2, 3]
+
+
 def test_the_engine_gets_a_seed_a_length_and_no_strings() -> None:
     end = front_end()
     sampling = SamplingParams(max_tokens=None, stop=["a"], bad_words=["fox"])
