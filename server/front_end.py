@@ -25,7 +25,7 @@ from shoal.configs.sampling_check import check_sampling
 from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.messages import Request
 from shoal.server.outputs import RequestMetrics, RequestOutput
-from shoal.server.prompts import Prompt, ReadyPrompt, read_prompt
+from shoal.server.prompts import Prompt, ReadyPrompt, check_options, read_prompt
 from shoal.server.sequence_output import SequenceOutput
 from shoal.server.tokenizer import Tokenizer
 
@@ -106,6 +106,7 @@ class FrontEnd:
         ready = read_prompt(prompt, self.tokenizer, self.vocab_size, self.max_model_len, special_tokens=special_tokens)
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
+        check_options(request_id, priority, deadline_s)
         arrival = time.time()
         part = Request(
             request_id=request_id,

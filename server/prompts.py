@@ -1,5 +1,6 @@
 """Prompts as users give them, checked and tokenised: text, token ids, or an object with either and a cache salt."""
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def read_prompt(
             raise ValueError(
                 "the prompt is text, and there is no tokenizer (skip_tokenizer_init): give prompt_token_ids"
             )
-        token_ids = tokenizer.encode(_checked_text(text), add_special_tokens=special_tokens)
+        token_ids = tokenizer.encode(_checked_text("the prompt", text), add_special_tokens=special_tokens)
     else:
         token_ids = _checked_ids(ids)
     if not token_ids:
@@ -54,6 +55,17 @@ def read_prompt(
     return ReadyPrompt(text, token_ids, salt)
 
 
+def check_options(request_id: Any, priority: Any, deadline_s: Any) -> None:
+    """Raise ValueError for a request's options that could not travel to an engine or be compared there."""
+    if not (isinstance(request_id, str) and request_id):
+        raise ValueError(f"request_id must be a string that is not empty, found {request_id!r}")
+    _checked_text("request_id", request_id)
+    if not isinstance(priority, int) or abs(priority) >= 2**31:
+        raise ValueError(f"priority must be an integer between -2**31 and 2**31, found {priority!r}")
+    if deadline_s is not None and not (isinstance(deadline_s, int | float) and math.isfinite(deadline_s)):
+        raise ValueError(f"deadline_s must be a moment of time.time() in seconds, or None, found {deadline_s!r}")
+
+
 def _split(prompt: Prompt) -> tuple[str | None, Any, str | None]:
     """Text, token ids (one of the two is None) and cache salt."""
     if isinstance(prompt, str):
@@ -66,6 +78,7 @@ def _split(prompt: Prompt) -> tuple[str | None, Any, str | None]:
     salt = prompt.get("cache_salt")
     if salt is not None and not (isinstance(salt, str) and salt):
         raise ValueError(f"cache_salt must be a string that is not empty, found {salt!r}")
+    _checked_text("cache_salt", salt or "")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if (text is None) == (ids is None):
         raise ValueError("a prompt holds either prompt (text) or prompt_token_ids")
@@ -74,12 +87,12 @@ def _split(prompt: Prompt) -> tuple[str | None, Any, str | None]:
     return text, ids, salt
 
 
-def _checked_text(text: str) -> str:
+def _checked_text(name: str, text: str) -> str:
     """A text that is Unicode: no lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid Unicode: a lone surrogate at character {error.start}") from error
+        raise ValueError(f"{name} is not valid Unicode: a lone surrogate at character {error.start}") from error
     return text
 
 

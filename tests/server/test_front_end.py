@@ -299,6 +299,7 @@ def test_special_tokens_are_added_to_text_unless_a_template_wrote_them() -> None
         ({"cache_salt": "a"}, None, "either prompt"),
         ({"prompt": [1]}, None, "must be text, found list"),
         ({"prompt": "a", "cache_salt": ""}, None, "cache_salt must be a string that is not empty"),
+        ({"prompt": "a", "cache_salt": "a\ud800"}, None, "cache_salt is not valid Unicode: .* at character 1"),
         ("a", SamplingParams(temperature=-1), "temperature"),
         ("a", SamplingParams(n=2, temperature=0), "n = 2: must be 1"),
         ("a", SamplingParams(max_tokens=500), "max_tokens = 500: must be at most 127"),
@@ -313,6 +314,23 @@ def test_bad_requests_are_refused_before_anything_is_sent(prompt: Any, sampling:
     with pytest.raises(ValueError, match=text):
         collect(end, prompt, sampling)
     assert client_of(end).submitted == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"request_id": 7}, "request_id must be a string that is not empty, found 7"),
+        ({"request_id": ""}, "request_id must be a string"),
+        ({"request_id": "\udfff"}, "request_id is not valid Unicode"),
+        ({"priority": "high"}, "priority must be an integer between .*, found 'high'"),
+        ({"priority": 2**63}, "priority must be an integer"),
+        ({"deadline_s": "soon"}, "deadline_s must be a moment of time.time.*found 'soon'"),
+        ({"deadline_s": float("nan")}, "deadline_s must be a moment"),
+    ],
+)
+def test_options_an_engine_cannot_take_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        front_end().prepare("a", **options)
 
 
 def test_without_a_tokenizer_token_ids_work_and_text_does_not() -> None:
