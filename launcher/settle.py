@@ -84,6 +84,10 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
 def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:
     """How ranks exchange tensors. Raises ValueError when the asked way cannot work here."""
     wanted, size = config.runtime.collectives, config.ranks_per_replica
+    if wanted in ("shm", "gloo") and device == "cuda" and size > 1:
+        raise ValueError(
+            f"runtime.collectives = {wanted} joins CPU tensors, and the ranks run on GPUs; use auto or nccl"
+        )
     if wanted == "shm":
         if not host.native:
             raise ValueError(
@@ -116,7 +120,7 @@ def _notes(config: ShoalConfig, host: Host) -> list[str]:
         f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
     ]
     if host.gpus > host.ranks and runtime.device == "cuda":
-        more = host.gpus // (host.ranks // layout.tensor)
+        more = host.gpus // max(1, host.ranks // layout.tensor)  # a tensor group may span hosts
         hint = f": try -tp {more}" if more > layout.tensor else ""
         notes.append(f"{host.gpus} GPUs seen, using {host.ranks}{hint}")
     return notes

@@ -58,6 +58,8 @@ def test_more_gpus_than_the_layout_uses_are_mentioned() -> None:
     assert settled.ranks_per_device == 1
     assert settled.notes[1] == "2 GPUs seen, using 1: try -tp 2"
     assert len(settle(config(2), SPEC, Host(gpus=2, native=False, ranks=2)).notes) == 1
+    of_two_hosts = Host(gpus=8, native=False, ranks=4, one_host=False)
+    assert settle(config(8), SPEC, of_two_hosts).notes[1] == "8 GPUs seen, using 4"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,8 @@ def test_more_gpus_than_the_layout_uses_are_mentioned() -> None:
         (config(2, collectives="shm"), Host(gpus=0, native=False, ranks=2), "shm needs the C kernels.*gloo"),
         (config(2, collectives="shm"), Host(gpus=0, native=True, ranks=2, one_host=False), "on several; use gloo"),
         (config(2, collectives="nccl"), CPU, "nccl works on GPUs, and torch sees none"),
+        (config(2, collectives="gloo"), Host(gpus=2, native=True, ranks=2), "gloo joins CPU tensors.*use auto or nccl"),
+        (config(2, collectives="shm"), Host(gpus=2, native=True, ranks=2), "shm joins CPU tensors.*use auto or nccl"),
         (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
     ],
 )
