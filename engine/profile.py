@@ -50,6 +50,7 @@ def warm_up_plan(plan: StepPlan) -> StepPlan:
 def available_bytes(device: torch.device) -> int:
     """Memory that could still be taken on the device now."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator kept of the profiling step can be taken, too
         free, _ = torch.cuda.mem_get_info(device)
         return free
     return available_host_bytes()
