@@ -16,10 +16,12 @@ from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
 from shoal.kernels.logit_filters import filter_logits_
 from shoal.kernels.penalties import apply_penalties_
-from shoal.kernels.philox import gumbel_noise
-from shoal.kernels.token_logprobs import token_logprobs
+from shoal.kernels.philox import gumbel_noise, gumbel_noise_at
+from shoal.kernels.token_logprobs import best_tokens, token_logprobs
+from shoal.model.memory_estimate import SAMPLING_SLICE
 
 MINUS_INF = float("-inf")
+FEW_KEPT = 8  # when filters keep less than one in this many tokens, only those get noise
 
 
 class TokenCounts:
@@ -110,9 +112,12 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             if edits_logits(sequence.sampling, sequence):
                 edit_row_(logits_RV[row], sequence)
-        rows = [row for row, sequence in enumerate(sequences) if has_penalties(sequence.sampling)]
-        if not rows:
-            return
+        penalised = [row for row, sequence in enumerate(sequences) if has_penalties(sequence.sampling)]
+        for rows in slices(penalised, self.vocab_size):
+            self.penalise_(logits_RV, sequences, rows)
+
+    def penalise_(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState], rows: list[int]) -> None:
+        """Penalties of these rows, in place."""
         counts = [self.counts(sequences[row]) for row in rows]
         params = [sequences[row].sampling for row in rows]
         index = torch.tensor(rows, device=self.device)
@@ -138,16 +143,15 @@ class Sampler:
 
     def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
         """Greedy or sampled token ids: [num_rows] int64."""
+        tokens_R = logits_RV.argmax(-1)
         random = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-        if random:
-            index = torch.tensor(random, device=self.device)
-            chosen = [sequences[row] for row in random]
-            noisy = self.noisy(logits_RV[index], chosen)
-            logits_RV = noisy if len(random) == len(sequences) else logits_RV.index_copy(0, index, noisy)
-        return logits_RV.argmax(-1)
+        for rows in slices(random, self.vocab_size):
+            index = torch.tensor(rows, device=self.device)
+            tokens_R[index] = self.sample(logits_RV[index], [sequences[row] for row in rows])
+        return tokens_R
 
-    def noisy(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-        """Logits over temperature, filtered, plus Gumbel noise."""
+    def sample(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+        """The best of logits over temperature, filtered, plus Gumbel noise: [num_rows] int64."""
         params = [sequence.sampling for sequence in sequences]
         logits_RV = logits_RV / self.column([p.temperature for p in params]).unsqueeze(1)
         filter_logits_(
@@ -156,14 +160,17 @@ class Sampler:
             self.column([p.top_p for p in params]),
             self.column([p.min_p for p in params]),
         )
-        noise_RV = gumbel_noise(
+        counter = (
             torch.tensor([sequence.seed for sequence in sequences], device=self.device),
             torch.tensor([sequence.num_output_tokens for sequence in sequences], device=self.device),
             torch.tensor([sequence.sample_index for sequence in sequences], device=self.device),
-            0,
-            self.vocab_size,
         )
-        return logits_RV.add_(noise_RV)
+        most_kept = int((logits_RV > MINUS_INF).sum(-1).max())
+        if most_kept * FEW_KEPT >= self.vocab_size or most_kept == 0:
+            return logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)).argmax(-1)
+        kept_RK, ids_RK = best_tokens(logits_RV, most_kept)
+        noisy_RK = kept_RK.add_(gumbel_noise_at(*counter, ids_RK))
+        return ids_RK.gather(1, noisy_RK.argmax(-1, keepdim=True)).squeeze(1)
 
 
 def logprobs_of(
@@ -174,9 +181,17 @@ def logprobs_of(
     rows = [row for row, count in enumerate(wanted) if count is not None]
     if not rows:
         return found
-    index = torch.tensor(rows, device=logits_RV.device)
-    ids, logprobs, ranks = token_logprobs(logits_RV[index], tokens_R[index], max(wanted[row] or 0 for row in rows))
-    for row, row_ids, row_logprobs, rank in zip(rows, ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True):
-        count = 1 + min(wanted[row] or 0, len(row_ids) - 1)
-        found[row] = TokenLogprobs(row_ids[:count], row_logprobs[:count], [rank, *range(1, count)])
+    num_best = max(wanted[row] or 0 for row in rows)
+    for some in slices(rows, logits_RV.shape[1]):
+        index = torch.tensor(some, device=logits_RV.device)
+        ids, logprobs, ranks = token_logprobs(logits_RV[index], tokens_R[index], num_best)
+        for row, row_ids, row_logprobs, rank in zip(some, ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True):
+            count = 1 + min(wanted[row] or 0, len(row_ids) - 1)
+            found[row] = TokenLogprobs(row_ids[:count], row_logprobs[:count], [rank, *range(1, count)])
     return found
+
+
+def slices(rows: list[int], vocab_size: int) -> list[list[int]]:
+    """The rows in groups whose logits are at most SAMPLING_SLICE numbers: rows are independent, this bounds memory."""
+    step = max(1, SAMPLING_SLICE // vocab_size)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]

@@ -25,11 +25,11 @@ from shoal.model.families import load_spec
 from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.ledger import MemoryReport
+from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, sampling_bytes
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.mesh import Mesh
 
-PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
@@ -92,10 +92,11 @@ class Worker:
         self.state = self.new_state()
         self.sampled.clear()
         del self.cache
+        sampling = sampling_bytes(self.spec, self.shard, self.config) if self.shard.has_head else 0
         return MemoryReport(
             rank=self.mesh.rank,
             weights_bytes=self.weights_bytes,
-            activation_bytes=int(meter.peak_bytes * scale),
+            activation_bytes=max(int(meter.peak_bytes * scale), sampling),
             available_bytes=available_bytes(self.device) + self.weights_bytes,
             block_bytes=kv_bytes_per_block(self.spec, self.shard, self.config.cache.block_size, self.dtype.itemsize),
         )

@@ -8,6 +8,10 @@ kept.
 
 import torch
 
+from shoal.kernels.token_logprobs import best_tokens
+
+NUCLEUS_SLICE = 256  # tokens put in order before the whole vocabulary is
+
 
 def filter_reference(logits_V: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
     """One row, by definition: [vocab_size] float32 -> the same with dropped tokens at -inf."""
@@ -46,10 +50,28 @@ def filter_logits_(
         limit = torch.where((keep_R < vocab).unsqueeze(1), limit, float("-inf"))
         logits_RV.masked_fill_(logits_RV < limit, float("-inf"))
     if bool((top_p_R < 1).any()):
-        ordered, order = logits_RV.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs
-        dropped = (before >= top_p_R.unsqueeze(1)) & (top_p_R < 1).unsqueeze(1)
-        dropped[:, 0] = False
-        logits_RV.masked_fill_(torch.zeros_like(dropped).scatter_(1, order, dropped), float("-inf"))
+        rows = (top_p_R < 1).nonzero().flatten()
+        logits_RV[rows] = keep_nucleus(logits_RV[rows], top_p_R[rows].unsqueeze(1))
     return logits_RV
+
+
+def keep_nucleus(logits_RV: torch.Tensor, top_p_R1: torch.Tensor) -> torch.Tensor:
+    """Top-p of every row: [num_rows, vocab_size] with dropped tokens at -inf.
+
+    The nucleus is nearly always among the best few: only those are put in order, and the whole vocabulary when the
+    nucleus of some row does not end above the last of them (where a tie could cross the cut).
+    """
+    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+    for count in (NUCLEUS_SLICE, logits_RV.shape[1]):
+        if count < logits_RV.shape[1]:
+            ordered, order = best_tokens(logits_RV, count)
+        else:
+            ordered, order = logits_RV.sort(dim=-1, descending=True, stable=True)
+        probs = (ordered - total_R1).exp()
+        kept = (probs.cumsum(-1) - probs) < top_p_R1
+        kept[:, 0] = True
+        last = ordered.gather(1, kept.sum(-1, keepdim=True) - 1)
+        if count >= logits_RV.shape[1] or bool((last > ordered[:, -1:]).all()):
+            break
+    out_RV = torch.full_like(logits_RV, float("-inf"))
+    return out_RV.scatter_(1, order, ordered.masked_fill(~kept, float("-inf")))

@@ -56,15 +56,40 @@ def gumbel_noise(
     seeds_R, positions_R, sample_indices_R: [num_rows] int64 (seeds may use all 64 bits).
     """
     first, last = vocab_start // 4, (vocab_stop + 3) // 4
-    device = seeds_R.device
-    quads = torch.arange(first, last, device=device).unsqueeze(0)
+    quads = torch.arange(first, last, device=seeds_R.device).unsqueeze(0)
+    bits = quad_bits(seeds_R, positions_R, sample_indices_R, quads, purpose).flatten(1)
+    return to_gumbel(bits[:, vocab_start - 4 * first : vocab_stop - 4 * first])
+
+
+def gumbel_noise_at(
+    seeds_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    sample_indices_R: torch.Tensor,
+    token_ids_RK: torch.Tensor,
+    purpose: int = PURPOSE_SAMPLE,
+) -> torch.Tensor:
+    """The noise of chosen tokens only, equal to gumbel_noise there: [num_rows, count] float32.
+
+    token_ids_RK: [num_rows, count] int64. For a few tokens of a large vocabulary this is far cheaper.
+    """
+    bits = quad_bits(seeds_R, positions_R, sample_indices_R, token_ids_RK >> 2, purpose)
+    return to_gumbel(bits.gather(-1, (token_ids_RK & 3).unsqueeze(-1)).squeeze(-1))
+
+
+def quad_bits(
+    seeds_R: torch.Tensor, positions_R: torch.Tensor, sample_indices_R: torch.Tensor, quads: torch.Tensor, purpose: int
+) -> torch.Tensor:
+    """The four lanes of every counter: [num_rows, num_quads, 4]. quads: [1 or num_rows, num_quads], token id // 4."""
     counter = (
         quads,
         (positions_R & MASK).unsqueeze(1),
         (sample_indices_R & MASK).unsqueeze(1),
-        torch.tensor(purpose, device=device),
+        torch.tensor(purpose, device=quads.device),
     )
-    key = ((seeds_R & MASK).unsqueeze(1), ((seeds_R >> 32) & MASK).unsqueeze(1))
-    bits = philox(counter, key).flatten(1)[:, vocab_start - 4 * first : vocab_stop - 4 * first]
+    return philox(counter, ((seeds_R & MASK).unsqueeze(1), ((seeds_R >> 32) & MASK).unsqueeze(1)))
+
+
+def to_gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """Uniform 32-bit integers as standard Gumbel numbers, float32."""
     uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
     return uniform.log_().neg_().log_().neg_().float()

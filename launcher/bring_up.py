@@ -13,7 +13,7 @@ from shoal.configs.resolved import ResolvedConfig
 from shoal.launcher.kinds import choose_launcher
 from shoal.launcher.replica import Progress
 from shoal.launcher.started import StartedEngine
-from shoal.model.checkpoint_files import verify_checksums
+from shoal.model.checkpoint_files import check_headers, verify_checksums
 from shoal.model.families import load_spec
 from shoal.model.shard import shard_model
 
@@ -30,7 +30,9 @@ async def start_engine(
     config = resolved.config
     if model_dir is None:
         raise ValueError("model.path is not set: give a folder with config.json, a Hugging Face hub id, or demo")
-    spec, _ = await asyncio.to_thread(load_spec, model_dir)
+    spec, family = await asyncio.to_thread(load_spec, model_dir)
+    if config.model.load_format != "dummy":  # refused here, before anything is spawned; every rank checks again
+        await asyncio.to_thread(check_headers, model_dir, family, spec)
     if config.model.checksums is not None:
         await asyncio.to_thread(verify_checksums, model_dir, config.model.checksums)
     shard_model(spec, config.parallel)  # a layout the model cannot have is refused before anything is spawned

@@ -74,7 +74,7 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         limits,
         weights * itemsize_of(limits.dtype),
         2.0 * weights,
-        model=config.model.path or "?",
+        model=config.model.served_model_name or config.model.path or "?",
         layout=f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
         dtype=limits.dtype,
     )

@@ -20,11 +20,15 @@ from shoal.configs.schema import ShoalConfig
 from shoal.launcher.explain_layout import LAYOUT_COLUMNS, RankShare, layout_notes, layout_table, rank_shares
 from shoal.launcher.settle import Host, settle
 from shoal.launcher.tables import text_table
+from shoal.model.checkpoint_files import check_headers
 from shoal.model.families import load_spec
+from shoal.model.families.family import Family
 from shoal.model.ledger import CachePlan, MemoryReport, plan_cache
 from shoal.model.ledger_table import format_ledger
 from shoal.model.memory_estimate import estimate_reports
+from shoal.model.safetensors_file import CheckpointError
 from shoal.model.shard import ModelShard, shard_model
+from shoal.model.spec import DecoderSpec
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
 def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
     """Work everything out from config.json. Raises ValueError when the model cannot be divided as asked."""
     config = resolved.config
-    spec, _ = load_spec(folder)
+    spec, family = load_spec(folder)
     gpus, available = seen_gpus(config)
     on_gpus = config.runtime.device == "cuda" or gpus > 0
     host = Host(
@@ -79,6 +83,7 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
         available_bytes=available or 0,
         ranks_per_device=settled.ranks_per_device,
     )
+    warning = weights_warning(config, folder, family, spec)
     plan, problem = None, None
     if available is not None:
         try:
@@ -93,15 +98,26 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
         except ValueError as error:
             problem = str(error)
     return Explanation(
-        model=str(config.model.path),
+        model=config.model.served_model_name or str(config.model.path),
         family=spec.family,
-        notes=settled.notes,
+        notes=[*settled.notes, *([warning] if warning else [])],
         settings=[settled_row(setting, settled.config) for setting in resolved.settings()],
         ranks=rank_shares(spec, shards),
         reports=reports,
         plan=plan,
         problem=problem,
     )
+
+
+def weights_warning(config: ShoalConfig, folder: Path, family: Family, spec: DecoderSpec) -> str | None:
+    """Why a start would refuse the folder's weights, as far as their headers tell; None when it would not."""
+    if config.model.load_format == "dummy":
+        return None
+    try:
+        check_headers(folder, family, spec)
+    except CheckpointError as error:
+        return f"a start would refuse the weights: {error}"
+    return None
 
 
 def settled_row(setting: Setting, settled: ShoalConfig) -> tuple[str, Any, str]:

@@ -161,6 +161,14 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> 
     return sources
 
 
+def check_headers(folder: str | Path, family: Family, spec: DecoderSpec) -> None:
+    """What the headers of a folder's weights show about the whole model, without reading a weight. Raises
+    CheckpointError.
+    """
+    with Checkpoint(folder) as checkpoint:
+        check_tensors(checkpoint, family, spec)
+
+
 def read_manifest(manifest: Path) -> dict[str, str]:
     """File name -> SHA-256 of a manifest in sha256sum's format. Raises CheckpointError naming the line."""
     sums: dict[str, str] = {}

@@ -9,6 +9,10 @@ from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn
 
+PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
+SAMPLING_SLICE = 1 << 19  # logits that are sampled, penalised or scored at once
+SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 counters and float64 noise included
+
 
 def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
     """Bytes of a rank's parameters, exactly."""
@@ -33,7 +37,7 @@ def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, 
 
     T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of
     feed-forward and attention (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim). On the last stage
-    R = min(T, max_num_seqs) rows of float32 logits: the shard's, the whole vocabulary's, and two copies for sampling.
+    what sampling takes, when that is more.
     """
     tokens, hidden = config.scheduler.max_num_batched_tokens, spec.hidden_size
     widest = 0
@@ -44,9 +48,20 @@ def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, 
     layers = tokens * (2 * hidden + widest) * itemsize
     if not shard.has_head:
         return layers
+    return max(layers, sampling_bytes(spec, shard, config))
+
+
+def sampling_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig) -> int:
+    """Most bytes that choosing a step's tokens takes on a rank of the last stage.
+
+    R = min(T, max_num_seqs, but at least the rows of prompt log-probabilities worked on at once) rows of float32
+    logits: the shard's, the whole vocabulary's, and a copy before they are edited; and the temporaries of one slice.
+    """
     start, stop = shard.vocab(spec.vocab_size)
-    rows = min(tokens, config.scheduler.max_num_seqs)
-    return max(layers, 4 * rows * (stop - start + 3 * spec.vocab_size))
+    tokens = config.scheduler.max_num_batched_tokens
+    rows = min(tokens, max(config.scheduler.max_num_seqs, PROMPT_LOGPROB_ROWS))
+    slice_elements = max(spec.vocab_size, min(rows * spec.vocab_size, SAMPLING_SLICE))
+    return 4 * (rows * (stop - start + 2 * spec.vocab_size) + SLICE_COPIES * slice_elements)
 
 
 def estimate_reports(

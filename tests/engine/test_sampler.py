@@ -8,6 +8,7 @@ from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.sampler import Sampler
 from shoal.kernels.logit_filters import filter_reference
+from shoal.kernels.philox import gumbel_noise
 
 VOCAB = 11
 CPU = torch.device("cpu")
@@ -79,6 +80,20 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     for state in states:
         state.counts = None
     assert together == [pick(logits[i], states[i]) for i in range(12)]
+
+
+def test_a_large_vocabulary_in_slices_with_few_tokens_kept_changes_no_choice() -> None:
+    vocab, generator = 70_000, torch.Generator().manual_seed(4)
+    states = [
+        sequence([1], [2] * i, temperature=0.8, top_k=(0, 5)[i % 2], top_p=(0.9, 1.0)[i // 2 % 2], seed=i)
+        for i in range(20)
+    ]
+    logits = torch.randn(20, vocab, generator=generator) * 3
+    chosen = Sampler(vocab, CPU)(logits.clone(), states)[0]
+    for row, state in enumerate(states):
+        kept = filter_reference(logits[row] / 0.8, state.sampling.top_k, state.sampling.top_p, 0.0)
+        counter = (torch.tensor([state.seed]), torch.tensor([state.num_output_tokens]), torch.tensor([0]))
+        assert chosen[row] == int((kept + gumbel_noise(*counter, 0, vocab)[0]).argmax())
 
 
 def test_logprobs_are_of_the_raw_logits_chosen_first() -> None:

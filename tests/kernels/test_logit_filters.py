@@ -8,7 +8,7 @@ from shoal.kernels.penalties import apply_penalties_
 from shoal.kernels.token_logprobs import best_tokens, token_logprobs
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 17, 257])
+@pytest.mark.parametrize("vocab", [1, 2, 17, 257, 1500])
 @pytest.mark.parametrize("seed", range(4))
 def test_filters_equal_the_reference(vocab: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

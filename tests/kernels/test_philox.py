@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shoal.kernels.philox import gumbel_noise, philox, philox_reference
+from shoal.kernels.philox import gumbel_noise, gumbel_noise_at, philox, philox_reference
 
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -40,6 +40,13 @@ def test_noise_of_a_token_does_not_depend_on_the_vocabulary_shard_or_the_batch()
     assert torch.equal(whole, torch.cat(shards, 1))
     assert torch.equal(whole[1:2], gumbel_noise(seeds[1:2], positions[1:2], samples[1:2], 0, 103))
     assert whole.unique().numel() == whole.numel()
+
+
+def test_noise_of_chosen_tokens_equals_the_whole_vocabularys() -> None:
+    seeds, positions, samples = torch.tensor([7, -3]), torch.tensor([0, 5]), torch.tensor([0, 1])
+    whole = gumbel_noise(seeds, positions, samples, 0, 101)
+    ids = torch.tensor([[100, 3, 0], [8, 8, 97]])
+    assert torch.equal(gumbel_noise_at(seeds, positions, samples, ids), whole.gather(1, ids))
 
 
 def test_noise_is_standard_gumbel() -> None:

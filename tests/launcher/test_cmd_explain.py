@@ -1,11 +1,20 @@
 """`shoal explain` tells what would run, exactly, and starts nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from shoal.configs.model_path import resolve_model_path
+from shoal.configs.schema import ParallelConfig
+from shoal.model.checkpoint import Checkpoint, load_parameters
+from shoal.model.families import load_spec
+from shoal.model.shard import shard_model
 
 
 def explain(*args: str) -> "subprocess.CompletedProcess[str]":
@@ -39,18 +48,9 @@ def test_every_layer_head_column_and_row_is_held_once() -> None:
 
 
 def test_one_rank_holds_exactly_the_checkpoints_weights() -> None:
-    import torch
-
-    from shoal.configs.model_path import resolve_model_path
-    from shoal.model.checkpoint import Checkpoint, load_parameters
-    from shoal.model.families import load_spec
-    from shoal.model.shard import shard_model
-
     found = explained("--dtype", "float32", "-tp", "2")
     folder = resolve_model_path("demo")
     spec, family = load_spec(folder)
-    from shoal.configs.schema import ParallelConfig
-
     with Checkpoint(folder) as checkpoint:
         for report, shard in zip(found["reports"], shard_model(spec, ParallelConfig(tensor=2)), strict=True):
             weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
@@ -80,6 +80,16 @@ def test_what_does_not_fit_is_refused_with_the_number_to_change(args: list[str],
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_weights_is_explained_with_a_warning(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(resolve_model_path("demo") / name, tmp_path)
+    command = [sys.executable, "-m", "shoal", "explain", str(tmp_path), "--served-model-name", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "a start would refuse the weights" in done.stdout
+    assert done.stdout.startswith("mine: llama")
 
 
 def test_the_text_shows_layout_and_ledger() -> None:
