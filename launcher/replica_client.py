@@ -97,7 +97,7 @@ class ReplicaClient(EngineClient):
         finally:
             if self._streams.get(request.request_id) is stream:
                 del self._streams[request.request_id]
-            if not finished and self._failure is None and not self._closing:
+            if not finished and self._failure is None and not self._closing and self._channel.error is None:
                 self._channel.post(Abort(request_ids=[request.request_id]))
 
     async def abort(self, request_ids: list[str]) -> None:
