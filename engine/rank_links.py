@@ -7,6 +7,7 @@ error or a signal before mere consequences), the group is killed, and one Execut
 """
 
 import logging
+import select
 import selectors
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ import msgspec
 
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure, Stop
-from shoal.parallel.control import Channel, ControlError, ControlTimeout, PeerGone, encode_frame
+from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
 HEARING_S = 1.0
 STALE_HEARTBEAT_S = 3.0
@@ -100,6 +101,7 @@ class RankLinks:
             self._selector.register(supervisor, selectors.EVENT_READ, None)  # type: ignore[arg-type]
         self._heard: dict[int, tuple[float, Heartbeat]] = {}
         self._hung_up: dict[int, str] = {}
+        self._early: list[tuple[int, FromRank]] = []  # said while a broadcast was on its way
         self._failure: ExecutorFailed | None = None
         self._closed = False
 
@@ -108,18 +110,33 @@ class RankLinks:
         return self._selector.fileno()
 
     def broadcast(self, message: msgspec.Struct, timeout_s: float) -> None:
-        """Send a message to every rank, encoded once. Raises ExecutorFailed."""
+        """Send a message to every rank, encoded once. Raises ExecutorFailed.
+
+        What ranks say meanwhile is kept for `receive`: one that has a long result to tell takes nothing before that.
+        """
         if self._failure is not None:
             raise self._failure
-        frame = encode_frame(message)
-        for rank, channel in enumerate(self._channels):
-            try:
-                channel.send_frame(frame, timeout_s)
-            except ControlTimeout:
-                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", rank, self.doing())
-            except ControlError as error:
-                self._hung_up[rank] = str(error)
-                self._hear()
+        frame, deadline = encode_frame(message), time.monotonic() + timeout_s
+        unsent = [rank for rank in range(self.size) if not self._push(rank, frame)]
+        while unsent:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", unsent[0], self.doing())
+            poller = select.poll()
+            poller.register(self._selector.fileno(), select.POLLIN)
+            for rank in unsent:
+                poller.register(self._channels[rank], select.POLLOUT)
+            poller.poll(left * 1000)
+            self._early += self._listen(0.0)
+            unsent = [rank for rank in unsent if not self._push(rank, b"")]
+
+    def _push(self, rank: int, frame: bytes) -> bool:
+        """Whether the rank took all of it, and of what came before."""
+        try:
+            return self._channels[rank].push_frame(frame)
+        except ControlError as error:
+            self._hung_up[rank] = str(error)
+            self._hear()
 
     def try_broadcast(self, message: msgspec.Struct) -> None:
         """Send a message to every rank that takes it at once."""
@@ -136,6 +153,10 @@ class RankLinks:
         """
         if self._failure is not None:
             raise self._failure
+        early, self._early = self._early, []
+        return early + self._listen(0.0 if early else timeout_s)
+
+    def _listen(self, timeout_s: float) -> list[tuple[int, FromRank]]:
         messages, failures, exits = self._collect(timeout_s)
         if failures or exits or self._hung_up:
             self._hear(failures, exits)

@@ -138,6 +138,14 @@ class Channel(Generic[Received]):
             while not self._flush():
                 self._wait(self._writable, deadline, timeout_s, "take a message")
 
+    def push_frame(self, frame: bytes) -> bool:
+        """Send what the peer takes now of this frame and of those before it; whether all is out. Go on with an empty
+        frame.
+        """
+        with self._lock:
+            self._unsent += frame
+            return self._flush()
+
     def try_send(self, message: msgspec.Struct) -> bool:
         """Send without waiting; False when the peer is not taking messages, which then drops this one (heartbeats, log
         lines).

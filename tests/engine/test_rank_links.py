@@ -1,9 +1,19 @@
 """The first cause of a group's failure, from whatever its ranks and the kernel said."""
 
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import Literal
 
-from shoal.engine.rank_links import RankExit, RankRefused, first_cause
-from shoal.engine.rank_messages import RankFailure
+import pytest
+
+from shoal.engine.executor import ExecutorFailed
+from shoal.engine.rank_links import RankExit, RankLinks, RankRefused, Supervisor, first_cause
+from shoal.engine.rank_messages import FROM_RANK, TO_RANK, Begin, CacheReady, Loaded, LogLine, RankFailure
+from shoal.parallel.control import Channel
+
+LONG = "x" * (8 << 20)  # more than sockets hold
 
 
 def failure(rank: int, kind: Literal["error", "consequence", "refusal"] = "error") -> RankFailure:
@@ -43,3 +53,70 @@ def test_a_refusal_is_told_apart_and_without_a_traceback() -> None:
 def test_long_logs_are_cut_to_their_end() -> None:
     long = RankExit(0, "ended with exit code 1", "\n".join(f"line {n}" for n in range(100)), False)
     assert first_cause([], [long], {}).detail.splitlines()[0] == "line 70"
+
+
+class Nobody(Supervisor):
+    """No rank is supervised."""
+
+    def fileno(self) -> int | None:
+        return None
+
+    def ended(self) -> list[RankExit]:
+        return []
+
+    def wait(self, timeout_s: float) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def linked(*ranks: "Callable[[Channel], object]") -> Iterator[RankLinks]:
+    """Links to ranks that are threads."""
+    pairs = [socket.socketpair() for _ in ranks]
+    links = RankLinks([Channel(ours, FROM_RANK, f"rank {rank}") for rank, (ours, _) in enumerate(pairs)], Nobody())
+    threads = [
+        threading.Thread(target=rank, args=[Channel(theirs, TO_RANK, "the engine")], daemon=True)
+        for rank, (_, theirs) in zip(ranks, pairs)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield links
+    finally:
+        links.close()
+        for thread, (_, theirs) in zip(threads, pairs):
+            thread.join(10)
+            theirs.close()
+
+
+def test_a_rank_may_have_much_to_say_before_it_takes_a_long_message() -> None:
+    taken: list[object] = []
+
+    def rank(channel: Channel) -> None:
+        channel.send(LogLine(rank=0, level=10, text="before"), 30)
+        channel.send(Loaded(rank=0), 30)
+        channel.send(LogLine(rank=0, level=10, text=LONG), 30)
+        taken.append(channel.receive(30))
+        channel.send(CacheReady(rank=0), 30)
+
+    with linked(rank) as links:
+        links.broadcast(Begin(rendezvous=LONG), 30)
+        told = links.receive(30)
+        while len(told) < 2:
+            told += links.receive(30)
+    assert told == [(0, Loaded(rank=0)), (0, CacheReady(rank=0))]
+    assert taken == [Begin(rendezvous=LONG)]
+
+
+def test_a_rank_that_takes_nothing_in_time_is_named() -> None:
+    done = threading.Event()
+    with (
+        linked(lambda channel: channel.receive(30), lambda _: done.wait(30)) as links,
+        pytest.raises(ExecutorFailed, match=r"rank 1: did not take a Begin within 0.2 s"),
+    ):
+        try:
+            links.broadcast(Begin(rendezvous=LONG), 0.2)
+        finally:
+            done.set()
