@@ -16,6 +16,7 @@ import msgspec
 from shoal.configs.schema import ShoalConfig
 
 DEFAULT_UTILIZATION = {"cuda": 0.9, "cpu": 0.5}
+TYPICAL_WINDOWS = 4  # a sequence is taken to be this many windows long when memory is divided between cache groups
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,9 +46,11 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cache_bytes: list[int]
 
     def concurrency(self, length: int) -> float:
-        """Sequences of `length` tokens that fit at once, at most max_num_seqs."""
-        needs = blocks_per_sequence(self.windows, length, self.block_size, self.max_num_batched_tokens)
-        return min(self.max_num_seqs, *(have / need for have, need in zip(self.num_blocks, needs, strict=True)))
+        """Sequences of `length` tokens that fit at once, at most max_num_seqs, one of them computing a chunk."""
+        steady = blocks_per_sequence(self.windows, length, self.block_size, 1)
+        chunk = blocks_per_sequence(self.windows, length, self.block_size, self.max_num_batched_tokens)
+        groups = zip(self.num_blocks, steady, chunk, strict=True)
+        return min(self.max_num_seqs, *((have - (most - each)) / each for have, each, most in groups))
 
 
 def blocks_per_sequence(
@@ -136,15 +139,25 @@ class CachePlanner:
         )
 
     def fitting_blocks(self) -> list[int]:
-        """As many blocks as every rank can hold, every group for the same number of sequences of max_model_len."""
-        sequences = float(self.config.scheduler.max_num_seqs)
+        """As many blocks as every rank can hold.
+
+        Every group holds one sequence of max_model_len. The rest is divided so that all groups hold the same number of
+        typical sequences: of max_model_len with one group; with several, TYPICAL_WINDOWS times the largest window,
+        since shorter ones need as many blocks of a window as of full attention, and longer ones hardly any.
+        """
+        typical_len = self.max_model_len
+        if len(self.windows) > 1:
+            typical_len = min(typical_len, TYPICAL_WINDOWS * max(window or 0 for window in self.windows))
+        typical = blocks_per_sequence(self.windows, typical_len, self.config.cache.block_size, 1)
+        most = self.config.scheduler.max_num_seqs
+        sequences = float(most)
         for budget in self.budgets:
-            per_sequence = cost(budget.report, self.needs)
+            left, per_sequence = self.allowed(budget) - cost(budget.report, self.needs), cost(budget.report, typical)
+            if left < 0:
+                raise self.too_long()
             if per_sequence:
-                sequences = min(sequences, self.allowed(budget) / per_sequence)
-        if sequences < 1:
-            raise self.too_long()
-        return [int(sequences * need) for need in self.needs]
+                sequences = min(sequences, left / per_sequence)
+        return [min(need + int(sequences * each), most * need) for need, each in zip(self.needs, typical, strict=True)]
 
     def given_blocks(self) -> list[int]:
         """cache.num_blocks for every group, when a sequence of max_model_len and every rank's memory allow it."""

@@ -83,6 +83,26 @@ def test_resuming_from_any_prefix_of_the_output_changes_nothing(model: Path) -> 
         assert entry == {"tokens": whole[index]["tokens"][cut:], "logprobs": whole[index]["logprobs"][cut:]}
 
 
+def test_bfloat16_repeats_itself_bit_for_bit(model: Path) -> None:
+    work = requests(5)
+    half = {"model__dtype": "bfloat16"}
+    crowd = run(model, work, **half)
+    assert run(model, work[:1], **half) == crowd[:1]
+    assert run(model, work, scheduler__max_num_batched_tokens=5, scheduler__max_num_seqs=2, **half) == crowd
+    assert run(model, work, cache__enable_prefix_caching=False, cache__block_size=7, **half) == crowd
+
+
+def test_without_the_c_kernels_too(model: Path) -> None:
+    work = requests(4)
+    plain = {"runtime__native": "off", "backend": "gloo"}
+    crowd = run(model, work, **plain)
+    assert run(model, work[:1], **plain) == crowd[:1]
+    assert run(model, work, scheduler__max_num_batched_tokens=5, **plain) == crowd
+    with_kernels = [entry["tokens"] for entry in run(model, work)]
+    assert [entry["tokens"] for entry in crowd] == with_kernels
+    assert [entry["tokens"] for entry in run(model, work[:2], 2, 1, **plain)] == with_kernels[:2]
+
+
 def test_a_sharded_replica_repeats_itself_bit_for_bit(model: Path) -> None:
     work = requests(4)
     crowd = run(model, work, 2, 1)

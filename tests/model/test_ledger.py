@@ -79,21 +79,29 @@ def test_poorest_rank_decides() -> None:
 
 def test_rank_without_layers_of_a_group_does_not_limit_it() -> None:
     reports = [report(blocks=(MIB, 0)), report(rank=1, blocks=(0, MIB))]
-    assert plan(reports, config(max_num_seqs=1000), windows=(None, 64)).num_blocks == [300, 27]
+    assert plan(reports, config(max_num_seqs=1000), windows=(None, 64)).num_blocks == [300, 71]
 
 
 def test_blocks_are_capped_by_what_max_num_seqs_can_use() -> None:
     assert plan([report()], config(max_num_seqs=2)).num_blocks == [200]
 
 
-def test_groups_hold_the_same_number_of_longest_sequences() -> None:
+def test_groups_hold_one_longest_sequence_and_equal_numbers_of_typical_ones() -> None:
     windows = (None, 100, 1000)
     needs = blocks_per_sequence(windows, 1600, 16, 64)
     assert needs == [100, 12, 68]
     planned = plan([report(blocks=(MIB, MIB, MIB))], config(max_num_seqs=100), windows=windows)
-    sequences = 300 / 180
-    assert planned.num_blocks == [int(sequences * need) for need in needs]
-    assert planned.concurrency(1600) == pytest.approx(sequences, rel=0.05)
+    typical = blocks_per_sequence(windows, 1600, 16, 1)  # 1600 is less than four windows
+    more = (300 - 180) / sum(typical)
+    assert planned.num_blocks == [need + int(more * each) for need, each in zip(needs, typical, strict=True)]
+    assert planned.concurrency(1600) == pytest.approx(1 + more, rel=0.06)
+
+
+def test_short_sequences_find_window_blocks_beside_one_of_a_very_long_context() -> None:
+    planned = plan([report(blocks=(MIB, 5 * MIB))], config(max_num_seqs=100), windows=(None, 32), max_model_len=1600)
+    assert planned.concurrency(1600) >= 1
+    assert planned.concurrency(64) > 4
+    assert sum(count * each for count, each in zip(planned.num_blocks, (1, 5), strict=True)) <= 300
 
 
 def test_window_never_needs_more_blocks_than_full_attention() -> None:
