@@ -42,11 +42,14 @@ def failure_text(failure: Failure, where: str = "") -> str:
 
 
 class _Stream:
-    """A request's deltas on their way; an exception ends it."""
+    """A request's deltas on their way; an exception ends it. abandoned: nobody reads it any more, and its id is free
+    when the engine has said its last word of it.
+    """
 
-    __slots__ = ("items", "next_start")
+    __slots__ = ("abandoned", "items", "next_start")
 
     def __init__(self, request: Request) -> None:
+        self.abandoned = False
         self.items: asyncio.Queue[OutputDelta | Exception] = asyncio.Queue()
         self.next_start = len(request.emitted_token_ids)
 
@@ -95,10 +98,11 @@ class ReplicaClient(EngineClient):
                 finished = item.finish_reason is not None
                 yield item
         finally:
-            if self._streams.get(request.request_id) is stream:
-                del self._streams[request.request_id]
             if not finished and self._failure is None and not self._closing and self._channel.error is None:
+                stream.abandoned = True
                 self._channel.post(Abort(request_ids=[request.request_id]))
+            elif self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests; unknown or finished ids are no error."""
@@ -183,7 +187,7 @@ class ReplicaClient(EngineClient):
                 for delta in message.deltas:
                     self._pass_on(delta)
             case Rejected():
-                stream = self._streams.get(message.request_id)
+                stream = self._streams.pop(message.request_id, None)
                 if stream is not None:
                     stream.items.put_nowait(_rejection(message))
             case EngineStats():
@@ -199,7 +203,8 @@ class ReplicaClient(EngineClient):
         stream = self._streams.get(delta.request_id)
         if stream is not None:
             stream.next_start = max(stream.next_start, delta.start + len(delta.token_ids))
-            stream.items.put_nowait(delta)
+            if not stream.abandoned:
+                stream.items.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._streams[delta.request_id]
 

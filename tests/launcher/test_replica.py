@@ -75,6 +75,27 @@ def test_requests_are_refused_aborted_and_drained_as_in_one_process(zygote: Zygo
     run(body())
 
 
+def test_an_id_is_free_again_when_the_engine_has_ended_its_closed_stream(zygote: Zygote) -> None:
+    async def body() -> None:
+        async with replica(zygote, config(2)) as handle:
+            closed = handle.submit(request([1, 2], 500, "r"))
+            await anext(closed)
+            await closed.aclose()  # type: ignore[attr-defined]
+            refusals = 0
+            while True:
+                try:
+                    tokens, last = await collect(handle.submit(request([3], 5, "r")))
+                    break
+                except ValueError as error:
+                    assert "'r' is already in use" in str(error)
+                    refusals += 1
+                    await handle.client.stats()
+            assert refusals > 0
+            assert (tokens, last.finish_reason) == (expected([3], 5), "length")
+
+    run(body())
+
+
 async def collect_rest(stream: object) -> tuple[int, OutputDelta]:
     """Tokens and last delta of a stream under way."""
     count = 0
