@@ -65,7 +65,10 @@ def main(payload: bytes, _supervisor: int | None) -> None:
     """Entry of a forked rank."""
     trial = msgspec.msgpack.decode(payload, type=Trial)
     torch.set_num_threads(1)
-    device = torch.device("cuda", trial.rank) if trial.backend == "nccl" else torch.device("cpu")
+    device = torch.device("cpu")
+    if trial.backend == "nccl":
+        device = torch.device("cuda", trial.rank)
+        torch.cuda.set_device(device)  # before the group is made: its barrier runs on the current one
     native = load_native("auto") if trial.backend == "shm" else None
     mesh = make_mesh(
         trial.backend, trial.rank, trial.size, 1, trial.rendezvous, trial.timeout_s, deterministic=False, native=native
