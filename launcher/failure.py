@@ -31,9 +31,10 @@ def describe(error: BaseException) -> str:
         line = text if plain else f"{type(cause).__name__}: {text}" if text else type(cause).__name__
         if not plain and (place := _place(cause)):
             line += f" (at {place})"
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else text
         if not lines:
             lines.append(line)
-        elif text not in lines[-1]:
+        elif said not in lines[-1]:
             lines.append(f"because: {line}")
         cause = cause.__cause__
     return "\n".join(lines)

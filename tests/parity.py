@@ -28,6 +28,7 @@ from shoal.parallel.mesh import make_mesh
 from tests.ranks import Ranks, run_ranks
 
 NEAR_TIE = 1e-4  # a token whose logit is this close to the best one may be chosen by rounding
+TALLY = {"tokens": 0, "near_ties": 0}  # of check_greedy in this process
 
 
 class LockstepExecutor(Executor):
@@ -201,6 +202,8 @@ def check_greedy(
         logits = oracle(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].float()
     gaps = logits.max(-1).values - logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
     ties = [float(gap) for gap in gaps if gap > 0]
+    TALLY["tokens"] += len(tokens)
+    TALLY["near_ties"] += len(ties)
     if ties:
         print("gaps to the best token:", ties)
     assert max(ties, default=0.0) < NEAR_TIE, f"tokens {tokens} are not the oracle's after {len(prompt)} prompt tokens"
