@@ -168,7 +168,10 @@ class Chat:
         front_end = self.session.front_end
         tokens = 0
         if any(message["role"] != "system" for message in self.messages):
-            text = front_end.chat_prompt(self.messages, add_generation_prompt=False)
+            try:
+                text = front_end.chat_prompt(self.messages, add_generation_prompt=False)
+            except ValueError as error:
+                return f"the chat template refuses this conversation: {error}"
             assert front_end.tokenizer is not None
             tokens = len(front_end.tokenizer.encode(text, add_special_tokens=False))
         line = f"conversation: {len(self.messages)} messages, {tokens} of {front_end.max_model_len} tokens"

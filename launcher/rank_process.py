@@ -41,7 +41,7 @@ from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_connect import connect
 from shoal.parallel.control_heartbeat import Heartbeat as HeartbeatThread
-from shoal.parallel.mesh import make_mesh
+from shoal.parallel.mesh import Mesh, make_mesh
 
 IDLE_TIMEOUT_S = 3600.0  # an idle engine pings every minute; one that died is noticed by its hangup, at once
 PROGRESS_INTERVAL_S = 0.1
@@ -84,6 +84,7 @@ class _Rank:
         self._bootstrap, self._channel = bootstrap, channel
         self._config = bootstrap.model.config
         self._worker: Any = None
+        self._mesh: Mesh | None = None
         self._doing, self._since = "starting", time.monotonic()
         self._next_progress = 0.0
         self._serving = False
@@ -155,7 +156,7 @@ class _Rank:
         boot, config = self._bootstrap, self._config
         make_worker = resolve(boot.model.worker)
         self._now(f"joining the other ranks ({config.runtime.collectives})")
-        mesh = make_mesh(
+        mesh = self._mesh = make_mesh(
             config.runtime.collectives,
             boot.rank,
             config.parallel.tensor,
@@ -190,6 +191,8 @@ class _Rank:
             kind = "consequence"
         elif isinstance(error, ValueError) and not self._serving:
             kind, cause = "refusal", str(error)
+        elif self._mesh is not None:
+            self._mesh.abort(f"rank {self._bootstrap.rank} failed: {error}")  # who waits for it need not wait on
         failure = RankFailure(rank=self._bootstrap.rank, cause=cause, detail=detail, kind=kind)
         try:
             self._channel.send(failure, timeout_s=2.0)

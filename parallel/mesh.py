@@ -23,6 +23,7 @@ from shoal.parallel.torch_comm import TorchCommunicator
 
 Backend = Literal["shm", "gloo", "nccl"]
 GLOO_DEVICE = "GLOO_SOCKET_IFNAME"
+SEGMENT_FAILED = "failed: "
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -121,7 +122,11 @@ def _shm_mesh(
     else:  # the first rank makes the segment and keeps it open until all have attached
         store = _open_store(rendezvous, size, timeout_s)
         if rank == 0:
-            made = SharedSegment.create(size, groups)
+            try:
+                made = SharedSegment.create(size, groups)
+            except SegmentError as error:
+                store.set("shm", f"{SEGMENT_FAILED}{error}")
+                raise CollectiveError(str(error)) from error
             store.set("shm", made.path)
         try:
             path = store.get("shm").decode()
@@ -129,6 +134,8 @@ def _shm_mesh(
             raise CollectiveError(
                 f"rank {rank}: rank 0 made no shared memory within {timeout_s:g} s: {error}"
             ) from error
+        if path.startswith(SEGMENT_FAILED):
+            raise CollectiveError(f"rank {rank}: rank 0 could not make shared memory: {path[len(SEGMENT_FAILED) :]}")
     try:
         segment = SharedSegment.attach(path, rank, size, groups)
         chosen = _choose(rank, groups, lambda index, _: ShmCommunicator(segment, index, native, timeout_s))

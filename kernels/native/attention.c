@@ -237,7 +237,7 @@ INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, i
     const int64_t group = a->head_start[kv + 1] - a->head_start[kv];
     const Item t = {first, group, (stop - first) * group, a->seq_lens[row] - a->cu_seqlens_q[row + 1], a->head_list + a->head_start[kv]};
     const int32_t *blocks = a->block_table + row * a->table_stride;
-    const int64_t window = a->window > 0 ? a->window : INT64_MAX, end = stop + t.to_position;
+    const int64_t window = a->window > 0 ? a->window : INT64_MAX / 2, end = stop + t.to_position;
     const int64_t oldest = first + t.to_position - window + 1 > 0 ? first + t.to_position - window + 1 : 0;
     start_item(a, s, type, &t);
     for (int64_t base = oldest / TILE * TILE; base < end; base += TILE) {
