@@ -118,7 +118,12 @@ def _parse(command: Command, arguments: list[str]) -> tuple[argparse.Namespace, 
     args, extras = parser.parse_known_args(arguments)
     if extras:
         raise UsageError(unknown_arguments(extras, parser.flags()), f"`shoal {command.name} --help` lists the flags.")
-    resolved = load_config(args.config, overrides_from(args))
+    overrides = overrides_from(args)
+    resolved = load_config(args.config, overrides)
+    if command.default_model is not None and resolved.config.model.path is None:
+        resolved = load_config(args.config, {**overrides, "model.path": command.default_model})
+        if _shows_usage():
+            print(f"no MODEL is named: using {command.default_model}", file=sys.stderr)
     if command.needs_model and resolved.config.model.path is None:
         raise UsageError(
             "no model is named",

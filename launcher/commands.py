@@ -41,7 +41,8 @@ class Command:
 
     starts_engine: under torchrun, the processes other than world rank 0 become ranks instead of running it.
     defaults: what help says instead of a setting's declared default, by key, where the command has one of its own.
-    add_arguments: adds its own arguments. needs_model: it takes MODEL, and ends with a usage error without one.
+    add_arguments: adds its own arguments. needs_model: it takes MODEL, and ends with a usage error without one, unless
+    default_model says what is meant then.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Command:
     sampling: tuple[str, ...] = ()
     defaults: Mapping[str, str] = field(default_factory=dict)
     needs_model: bool = True
+    default_model: str | None = None
     starts_engine: bool = True
 
     @property
@@ -127,6 +129,7 @@ _GENERATE = Command(
     ),
     sampling=_GENERATE_SAMPLING,
     defaults={"sampling.max_tokens": "256, or less when the context ends"},
+    default_model="demo",
 )
 _CHAT = Command(
     name="chat",

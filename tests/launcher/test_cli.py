@@ -99,7 +99,7 @@ def test_text_settings_are_taken_as_they_stand(seen: list[tuple[Any, ResolvedCon
         ("", "a command is missing"),
         ("genrate demo", "did you mean generate?"),
         ("--versio", "unknown flag --versio; did you mean --version?"),
-        ("generate", "no model is named"),
+        ("chat", "no model is named"),
         ("generate demo --blok-size=3", "unknown flag --blok-size; did you mean --block-size?"),
         ("generate demo --block-siz 3", "unknown flag --block-siz; did you mean --block-size?"),
         ("generate demo --max-model 3", "unknown flag --max-model; did you mean"),
@@ -222,6 +222,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_its_module() -> None:
     folder = Path(__file__).resolve().parents[2] / "launcher"
     assert {path.stem for path in folder.glob("cmd_*.py")} == {f"cmd_{name}" for name in COMMANDS}
+
+
+def test_generate_without_a_model_says_that_it_takes_the_demo(tmp_path: Path) -> None:
+    args = ["generate", "--config", "tp2_pp2", "-p", "import os", "--max-tokens", "2", "--ignore-eos"]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", *args], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no MODEL is named: using demo" in done.stderr
 
 
 @pytest.mark.parametrize("start", [["-m", "shoal"], ["-c", "import sys, shoal.__main__ as m; sys.exit(m.main())"]])
