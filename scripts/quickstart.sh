@@ -10,7 +10,9 @@ source scripts/venv.sh
 ensure_venv "$root" ""
 
 echo "== the demo model on 4 processes: tensor 2 x pipeline 2"
-.venv/bin/shoal generate demo --config tp2_pp2 --max-tokens 64 --temperature 0 -p "def read_config(path):"
+prompt="class Reader:"
+echo "prompt: $prompt"
+.venv/bin/shoal generate demo --config tp2_pp2 --max-tokens 96 --temperature 0.7 --seed 7 -p "$prompt"
 
 cat <<'TEXT'
 

@@ -289,7 +289,8 @@ class Trainer:
         """The rest of the command: what a run that continues another was told."""
         if self.args.continue_from is None:
             return ""
-        return f" --continue-from {self.args.continue_from} --matrix-lr {self.args.matrix_lr:g}"
+        rates = f"--matrix-lr {self.args.matrix_lr:g} --embedding-lr {self.args.embedding_lr:g}"
+        return f" --continue-from {self.args.continue_from} {rates}"
 
     def run(self) -> None:
         print(f"{len(self.rows.tokens_N):,} training tokens in one pass", flush=True)

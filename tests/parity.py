@@ -16,6 +16,7 @@ import transformers
 from shoal.configs.loader import load_config
 from shoal.configs.sampling import SamplingParams
 from shoal.configs.schema import ShoalConfig
+from shoal.engine.clock import VirtualClock
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.executor import CacheGroup, Capacity, Executor
 from shoal.engine.messages import OutputDelta, Request, StepPlan, StepResult
@@ -106,7 +107,8 @@ def rank_generate(ranks: Ranks, job: dict[str, Any]) -> list[dict[str, Any]]:
         vocab_size=spec.vocab_size,
         max_in_flight=config.parallel.pipeline,
     )
-    core = EngineCore(config, LockstepExecutor(worker, capacity))
+    clock = VirtualClock()  # measured times would differ between ranks, and with them the plans
+    core = EngineCore(config, LockstepExecutor(worker, capacity), clock=clock)
     if job["overcommit"]:  # admit what will not fit, so that preemption must make room
         core.scheduler.admission.fits = lambda *_: True  # type: ignore[method-assign]
     found = run_core(core, [msgspec.convert(request, Request) for request in job["requests"]])
