@@ -12,7 +12,7 @@ ensure_venv "$root" ""
 echo "== the demo model on 4 processes: tensor 2 x pipeline 2"
 prompt="class Reader:"
 echo "prompt: $prompt"
-.venv/bin/shoal generate demo --config tp2_pp2 --max-tokens 96 --temperature 0.7 --seed 7 -p "$prompt"
+.venv/bin/shoal generate demo --config tp2_pp2 --max-tokens 96 --temperature 0.7 --seed 3 -p "$prompt"
 
 cat <<'TEXT'
 

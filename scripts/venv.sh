@@ -16,15 +16,6 @@ find_python() {
     return 1
 }
 
-# Prints pip's arguments that take the small CPU build of torch, when no GPU is seen and its index answers.
-torch_index() {
-    local url=https://download.pytorch.org/whl/cpu
-    if ! command -v nvidia-smi >/dev/null 2>&1 &&
-        "$1" -c "import urllib.request as r; r.urlopen('$url/torch/', timeout=5).close()" 2>/dev/null; then
-        echo "--extra-index-url $url"
-    fi
-}
-
 # Makes .venv under the repository root ($1) and installs Shoal with the extras ($2, may be empty), unless a stamp says
 # that this was done for this pyproject.toml and constraints.txt. Sets venv_python.
 ensure_venv() {
@@ -50,8 +41,8 @@ ensure_venv() {
         return 0
     fi
     echo "Installing shoal${extras:+[$extras]} into $root/.venv; torch is large, this can take minutes the first time"
-    # shellcheck disable=SC2046  # two words on purpose
-    PYTHONWARNINGS=ignore "$venv_python" -m pip install --quiet --disable-pip-version-check $(torch_index "$venv_python") \
+    # On machines without a GPU, PIP_EXTRA_INDEX_URL can name PyTorch's index of CPU builds: a far smaller download.
+    PYTHONWARNINGS=ignore "$venv_python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$root/constraints.txt" --editable "$root${extras:+[$extras]}" || return 1
     echo "$root $sum" >"$stamp"
 }
