@@ -121,9 +121,11 @@ def test_loss_on_fixed_text_is_below_the_limit_in_its_readme(model: Any, tokeniz
 
 def test_loss_stays_low_to_the_end_of_the_context(model: Any, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     ids = tokenizer.encode(Path(json.__file__).with_name("decoder.py").read_text()).ids
-    losses = mean_loss(model, ids[: config["max_position_embeddings"]])
-    assert len(losses) == config["max_position_embeddings"] - 1
-    assert losses[-400:].mean() < losses[:400].mean() + 0.5
+    context = config["max_position_embeddings"]
+    losses = mean_loss(model, ids[:context])
+    assert len(losses) == context - 1
+    nearby = mean_loss(model, ids[context - 600 : context])  # the same last tokens at low positions
+    assert losses[-400:].mean() < nearby[-400:].mean() + 0.2
 
 
 @pytest.mark.parametrize("text", [*UNICODE, FIXED_TEXT])
