@@ -110,8 +110,8 @@ class BlockTables:
         """
         for pool, table, first in zip(self.pools, seq.tables, seq.first_live, strict=True):
             if not trusted:
-                for key in seq.keys[: seq.num_published]:
-                    pool.forget(key)
+                for published in seq.keys[: seq.num_published]:
+                    pool.forget(published)
             for index in reversed(range(first, len(table))):
                 key = seq.keys[index] if trusted and index < seq.num_published else None
                 pool.release(table[index], key)
