@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
@@ -38,7 +39,7 @@ class DecoderLayer:
         *,
         deterministic: bool,
     ) -> None:
-        self.group, self.parallel = group, spec.residual == "parallel"
+        self.group, self.residual = group, spec.residual
         self.mixer = AttentionMixer(spec.mixer, shard, scoped(params, "mixer."), group, deterministic=deterministic)
         ffn = scoped(params, "ffn.")
         self.ffn = make_feed_forward(spec.ffn, shard, ffn, group, deterministic=deterministic)
@@ -60,9 +61,11 @@ class DecoderLayer:
     ) -> torch.Tensor:
         """The layer's output, [T, H]; x is not changed."""
         mixed_TH = self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
-        if self.parallel:
+        if self.residual == "parallel":
             return self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+        if self.residual == "normed":
+            return self.normed_sums(x_TH, mixed_TH)
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
         x_TH = mixed_TH.add_(x_TH)
@@ -70,6 +73,12 @@ class DecoderLayer:
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
         return out_TH.add_(x_TH)
+
+    def normed_sums(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
+        """The normed residual form, from the mixer's whole output on."""
+        assert self.post_mixer and self.post_ffn, "a normed residual has both norms"
+        x_TH = self.post_mixer(mixed_TH.add_(x_TH))
+        return self.post_ffn(self.reduced(self.ffn.partial(x_TH), self.ffn.out_bias).add_(x_TH))
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
@@ -113,7 +122,8 @@ class Stage:
             for index in range(shard.first_layer, shard.last_layer)
         }
         some = next(iter(params.values()))
-        self.dtype = some.dtype
+        self.dtype, self.deterministic = some.dtype, deterministic
+        self.embed_in, self.embed_out = params.get("embed_in.weight"), params.get("embed_out.weight")
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
@@ -143,6 +153,8 @@ class Stage:
         hidden_TH = self.embedding(batch.token_ids_T)
         if self.embed_scale is not None:
             hidden_TH *= self.embed_scale
+        if self.embed_in is not None:
+            hidden_TH = linear(hidden_TH, self.embed_in, deterministic=self.deterministic)
         if self.positions is not None:
             assert self.spec.learned_positions is not None
             hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
@@ -166,6 +178,8 @@ class Stage:
         group.
         """
         normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
+        if self.embed_out is not None:
+            normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
         logits_RV = self.head(normed_RH)
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)
