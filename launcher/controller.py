@@ -18,7 +18,7 @@ import msgspec
 
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
-from shoal.launcher.controller_status import ControllerStatus
+from shoal.launcher.controller_status import ControllerStatus, ReplicaState
 from shoal.launcher.dispatch import Dispatch, Limits
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
@@ -135,6 +135,18 @@ class Controller(EngineClient):
     def progress(self) -> list[tuple[str, int, int]]:
         """Of every request a replica works on: its id, the replica's number, the tokens it has emitted."""
         return [(e.request_id, e.slot.number, len(e.emitted)) for e in self._dispatch.ledger if e.slot is not None]
+
+    def state_of(self, number: int) -> tuple[ReplicaState, int]:
+        """A replica's state, and which life it is in. Raises KeyError for one there is not."""
+        slot = self._slots[number]
+        return slot.state, slot.life
+
+    async def signal(self, number: int, rank: int | None, which: int) -> None:
+        """Send a signal to a process of a replica (rank None: its engine's), for fault drills. Raises EngineError."""
+        handle = self._slots[number].handle
+        if handle is None:
+            raise EngineError(f"replica {number} is {self._slots[number].state}")
+        await handle.signal(rank, which)
 
     async def move_away(self, request_ids: list[str]) -> int:
         """Have requests go on at another replica than where they are, if there is one; returns how many do."""

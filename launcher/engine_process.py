@@ -7,6 +7,7 @@ has failed.
 
 import logging
 import os
+import platform
 import signal
 import time
 import traceback
@@ -24,6 +25,7 @@ from shoal.launcher.replica_messages import (
     Beat,
     Listening,
     LogText,
+    ProcessPlace,
     RankHealth,
     Ready,
     Refused,
@@ -93,13 +95,16 @@ def _bring_up_and_serve(
     listener = Listener.unix() if bootstrap.listen_host is None else Listener.tcp(bootstrap.listen_host)
     front.send(Listening(address=listener.address), TELL_TIMEOUT_S)
     try:
-        executor, report = RankGroup(bootstrap, zygote, listener, _News(front)).executor()
+        group = RankGroup(bootstrap, zygote, listener, _News(front))
+        executor, report = group.executor()
     finally:
         listener.close()
     try:
         core = vital.core = EngineCore(config, executor)
         vital.watch = executor.watch
-        front.send(Ready(capacity=executor.capacity, report=report), TELL_TIMEOUT_S)
+        engine = ProcessPlace(platform.node(), os.getpid())
+        ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
+        front.send(ready, TELL_TIMEOUT_S)
         return EngineServer(core, front, executor).run()
     finally:
         executor.stop()

@@ -17,6 +17,7 @@ class RankPlace(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     host: str
+    pid: int
     device: str
     layers: tuple[int, int]
 
@@ -53,6 +54,12 @@ class ReplicaHandle(ABC):
     def rank_health(self) -> list[RankHealth]:
         """What each rank said last of what it is doing; empty when nothing is known."""
         return []
+
+    async def signal(self, rank: int | None, number: int) -> None:
+        """Send a signal to the process of a rank (None: the engine's), for fault drills. Raises EngineError when it is
+        not there, or not to be reached from here.
+        """
+        raise EngineError("this kind of replica has no processes that a drill could send signals to")
 
     async def health(self) -> None:
         """Raises EngineError with the first cause when it cannot serve."""

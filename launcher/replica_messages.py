@@ -37,11 +37,22 @@ class Starting(Message, frozen=True, kw_only=True):
     total: int = 0
 
 
+class ProcessPlace(Record, frozen=True):
+    """Where a process runs."""
+
+    host: str
+    pid: int
+
+
 class Ready(Message, frozen=True, kw_only=True):
-    """The replica takes requests. report: its memory table, as text."""
+    """The replica takes requests. report: its memory table, as text. engine, ranks: their processes, when there are
+    any of their own.
+    """
 
     capacity: Capacity
     report: str
+    engine: ProcessPlace | None = None
+    ranks: list[ProcessPlace] = msgspec.field(default_factory=list)
 
 
 class Refused(Message, frozen=True, kw_only=True):
