@@ -197,6 +197,19 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Meta(description="Seconds one step, or one collective in it, may take."),
     ] = 120.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
+    drain_timeout_s: Annotated[
+        Seconds,
+        Meta(description="Seconds what runs gets to finish when a replica is taken away or a command is told to end."),
+    ] = 30.0
+    max_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**31 - 1,
+            description="Lives of a replica in a row that may come to nothing before it is given up; 0: none is built "
+            "again.",
+        ),
+    ] = 5
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True):

@@ -12,9 +12,19 @@ from collections.abc import Callable
 from shoal.engine.client import EngineError
 from shoal.engine.messages import Failure
 from shoal.launcher.bootstrap import EngineBootstrap
-from shoal.launcher.replica import Progress, ReplicaHandle
+from shoal.launcher.replica import Progress, RankPlace, ReplicaHandle
 from shoal.launcher.replica_client import ReplicaClient, failure_text
-from shoal.launcher.replica_messages import FROM_ENGINE, Beat, FromEngine, Listening, LogText, Ready, Refused, Starting
+from shoal.launcher.replica_messages import (
+    FROM_ENGINE,
+    Beat,
+    FromEngine,
+    Listening,
+    LogText,
+    RankHealth,
+    Ready,
+    Refused,
+    Starting,
+)
 from shoal.parallel.control import Channel, ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import Listener
@@ -67,6 +77,28 @@ class EngineReplica(ReplicaHandle):
             self._channel, where=self._where, explain=self.explain, stop=self.stop
         )
         return ready
+
+    async def failed(self) -> EngineError:
+        """From the engine's last word, or its silence."""
+        assert self._client is not None, "it was ready"
+        return await self._client.failed()
+
+    def rank_health(self) -> list[RankHealth]:
+        """From the engine's last beat."""
+        return [] if self._client is None else self._client.beat.ranks
+
+    def places(self) -> list[RankPlace]:
+        """Layers from the shards; hosts as the ranks named them."""
+        hosts = {health.rank: health.host for health in self.rank_health()}
+        return [
+            RankPlace(
+                rank=rank,
+                host=hosts.get(rank, ""),
+                device=self.bootstrap.devices.get(rank, self.bootstrap.model.config.runtime.device),
+                layers=(shard.first_layer, shard.last_layer),
+            )
+            for rank, shard in enumerate(self.bootstrap.shards)
+        ]
 
     async def stop(self) -> None:
         """Ask the engine to end its ranks and itself, and wait for it a little."""

@@ -23,7 +23,7 @@ from shoal.engine.messages import (
     StatsQuery,
     Submit,
 )
-from shoal.launcher.replica_messages import FromEngine, LogText, Outputs, Rejected, Shutdown
+from shoal.launcher.replica_messages import Beat, FromEngine, LogText, Outputs, Rejected, Shutdown
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 
@@ -55,7 +55,9 @@ class _Stream:
 
 
 class ReplicaClient(EngineClient):
-    """Talks to one engine process. Used from one event loop, the one that made it."""
+    """Talks to one engine process. Used from one event loop, the one that made it. beat: what the engine said last of
+    itself and its ranks.
+    """
 
     def __init__(
         self,
@@ -73,12 +75,20 @@ class ReplicaClient(EngineClient):
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._drains: deque[asyncio.Future[list[str]]] = deque()
         self._failure: EngineError | None = None
+        self._failed = asyncio.Event()
+        self.beat = Beat()
         self._closing = False
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
     def failure(self) -> EngineError | None:
         """The first cause when the replica cannot serve any more."""
+        return self._failure
+
+    async def failed(self) -> EngineError:
+        """Wait until the replica cannot serve any more; the first cause."""
+        await self._failed.wait()
+        assert self._failure is not None
         return self._failure
 
     async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
@@ -194,6 +204,8 @@ class ReplicaClient(EngineClient):
                 _answer(self._stats, message)
             case Drained():
                 _answer(self._drains, message.unfinished)
+            case Beat():
+                self.beat = message
             case LogText():
                 logger.log(message.level, "%s%s", self._where, message.text)
             case Failure():
@@ -213,6 +225,7 @@ class ReplicaClient(EngineClient):
         if self._failure is not None:
             return
         self._failure = error
+        self._failed.set()
         for request_id, stream in self._streams.items():
             last = OutputDelta(
                 request_id=request_id,
