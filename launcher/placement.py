@@ -13,6 +13,10 @@ Device = Literal["cpu", "cuda"]
 UNIT = {"cpu": "CPU", "cuda": "GPU"}
 
 
+class TooSmall(ValueError):
+    """The hosts cannot hold what was asked for."""
+
+
 class HostOffer(msgspec.Struct, frozen=True, kw_only=True):
     """A host and its whole devices of the wanted kind. total: it has; free: nobody has reserved them."""
 
@@ -34,7 +38,7 @@ def place_replicas(
 ) -> dict[int, list[Share]]:
     """The shares of every replica, by its number; the first share holds rank 0.
 
-    Raises ValueError with the arithmetic when the hosts cannot hold them.
+    Raises TooSmall with the arithmetic when the hosts cannot hold them.
     """
     offers = sorted(offers, key=lambda offer: (offer.name, offer.host))
     group = tensor if any(offer.total >= tensor for offer in offers) else 1
@@ -44,7 +48,7 @@ def place_replicas(
     for number in numbers:
         hosts = _hosts_of_groups(free, group, tensor * pipeline // group)
         if hosts is None:
-            raise ValueError(_too_small(offers, tensor, pipeline, len(numbers), len(placed), group, UNIT[device]))
+            raise TooSmall(_too_small(offers, tensor, pipeline, len(numbers), len(placed), group, UNIT[device]))
         placed[number] = _shares(hosts, group)
         for host in hosts:
             free[host] -= group

@@ -24,6 +24,10 @@ CONNECT_HINT = "start one with `ray start --head`, or use launcher.address = loc
 CALL_TIMEOUT_S = 30.0
 
 
+class ActorSilent(EngineError):
+    """An actor did not answer in time: it is stopped, or the link to its node is cut."""
+
+
 class Node(NamedTuple):
     """A living node. total, free: whole devices of each resource, "CPU" and "GPU"."""
 
@@ -41,14 +45,14 @@ class Actor:
         self._handle, self.name = handle, name
 
     async def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """The result of a method. Raises EngineError: it failed, its actor or node is gone, or it took too long."""
+        """The result of a method. Raises EngineError: it failed, its actor or node is gone; ActorSilent."""
         import ray.exceptions
 
         future = asyncio.wrap_future(getattr(self._handle, method).remote(*args).future())
         try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
-            raise EngineError(f"{self.name} did not answer ({method}) within {timeout_s:g} s") from None
+            raise ActorSilent(f"{self.name} did not answer ({method}) within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
             raise EngineError(f"{self.name} failed in {method}: {error.cause or error}") from error
         except ray.exceptions.RayError as error:

@@ -5,7 +5,9 @@ the replica is placed anew on what is there.
 """
 
 import asyncio
+import logging
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,8 +21,8 @@ from shoal.engine.client import EngineError
 from shoal.launcher.bootstrap import WORKER, EngineBootstrap, Model, RankBootstrap, fingerprint, versions
 from shoal.launcher.crew import Crew
 from shoal.launcher.crew_messages import HOST_ANSWER, HostQuery, HostRefused, HostReport
-from shoal.launcher.placement import UNIT, HostOffer, Share, place_replicas
-from shoal.launcher.ray_cluster import Actor, Cluster, Node, Reservation
+from shoal.launcher.placement import UNIT, HostOffer, Share, TooSmall, place_replicas
+from shoal.launcher.ray_cluster import Actor, ActorSilent, Cluster, Node, Reservation
 from shoal.launcher.ray_replica import RayReplica
 from shoal.launcher.settle import Host, Settled, choose_collectives, settle
 from shoal.model.checkpoint_digest import checkpoint_digest
@@ -29,12 +31,18 @@ from shoal.model.spec import DecoderSpec
 from shoal.parallel.control_connect import Listener, new_key
 
 RESERVE_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 5.0
+WAIT_FOR_DEVICES_S = 1.0
+SUSPECT_S = 30.0  # a node whose crew did not answer gets nothing for so long: Ray notices a cut link late
+
+logger = logging.getLogger("shoal")
 
 
 class Post(msgspec.Struct, frozen=True, kw_only=True):
     """A crew at its place: its ranks, the node's address, its actor, and what it said of the host."""
 
     ranks: list[int]
+    node_id: str
     address: str
     actor: Actor
     report: HostReport
@@ -68,7 +76,9 @@ class RayFleet:
         self._checkpoint = "" if model_dir is None else checkpoint_digest(model_dir, weights)
         self._own = cluster.own_node()
         self._places: dict[int, Place] = {}
+        self._suspects: dict[str, float] = {}
         self._settled: Settled | None = None
+        self._placing = asyncio.Lock()
 
     @property
     def settled(self) -> Settled:
@@ -80,8 +90,9 @@ class RayFleet:
         """Place these replicas and have their hosts checked. Raises ValueError with the arithmetic when the cluster is
         too small or hosts differ, EngineError.
         """
-        parallel = self._config.parallel
-        offers = [_offer(node, UNIT[self._device]) for node in self._cluster.nodes()]
+        parallel, now = self._config.parallel, time.monotonic()
+        nodes = [node for node in self._cluster.nodes() if self._suspects.get(node.node_id, now) <= now]
+        offers = [_offer(node, UNIT[self._device]) for node in nodes]
         shares = place_replicas(offers, parallel.tensor, parallel.pipeline, numbers, self._device)
         names = {offer.host: offer.name for offer in offers}
         placing = [self._occupy(number, shares[number], names) for number in numbers]
@@ -94,11 +105,26 @@ class RayFleet:
 
     async def make(self, number: int) -> RayReplica:
         """A handle of a replica, not started: where it was, or on another place when that is gone."""
-        if number in self._places and not await self._answers(self._places[number]):
-            self.release(number)
-        if number not in self._places:
-            await self.prepare([number])
-        return self._handle(number, self._places[number])
+        async with self._placing:
+            if number in self._places and not await self._answers(self._places[number]):
+                self.release(number)
+            if number not in self._places:
+                await self._place_again(number)
+            return self._handle(number, self._places[number])
+
+    async def _place_again(self, number: int) -> None:
+        """Place a replica whose devices are gone, waiting for others at most launcher.start_timeout_s."""
+        deadline, told = time.monotonic() + self._config.launcher.start_timeout_s, False
+        while True:
+            try:
+                return await self.prepare([number])
+            except TooSmall as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not told:
+                    logger.warning("replica %d waits for devices: %s", number, error)
+                told = True
+            await asyncio.sleep(WAIT_FOR_DEVICES_S)
 
     def release(self, number: int) -> None:
         """Give the devices of a replica back; its processes end. Unknown numbers are no error."""
@@ -134,7 +160,7 @@ class RayFleet:
             self._cluster.release(reservation)
             raise
         posts = [
-            Post(ranks=share.ranks, address=addresses[share.host], actor=actor, report=report)
+            Post(ranks=share.ranks, node_id=share.host, address=addresses[share.host], actor=actor, report=report)
             for share, actor, report in zip(shares, actors, reports, strict=True)
         ]
         self._places[number] = Place(reservation=reservation, posts=posts)
@@ -169,9 +195,14 @@ class RayFleet:
         return answer
 
     async def _answers(self, place: Place) -> bool:
-        """Whether all crews of a place are still there and free of old processes."""
-        stops = (post.actor.call("stop") for post in place.posts)
+        """Whether all crews of a place are still there and free of old processes; nodes of those that do not answer are
+        suspected for a while.
+        """
+        stops = (post.actor.call("stop", timeout_s=ANSWER_TIMEOUT_S) for post in place.posts)
         outcomes = await asyncio.gather(*stops, return_exceptions=True)
+        for post, outcome in zip(place.posts, outcomes, strict=True):
+            if isinstance(outcome, ActorSilent):
+                self._suspects[post.node_id] = time.monotonic() + SUSPECT_S
         return not any(isinstance(outcome, BaseException) for outcome in outcomes)
 
     def _ranks_on(self, host: str) -> int:

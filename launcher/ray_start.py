@@ -33,8 +33,7 @@ async def start_ray(
         tell(Starting(doing="placing replicas and checking their hosts"))
         fleet = RayFleet(cluster, config, spec, model_dir, worker)
         await fleet.prepare(range(config.parallel.data))
-        replicas = [await fleet.make(number) for number in range(config.parallel.data)]
     except BaseException:
         await asyncio.to_thread(cluster.close)
         raise
-    return await start_replicas(replicas, fleet.settled, on_progress, fleet.close)
+    return await start_replicas(fleet.make, fleet.settled, on_progress, fleet.close)
