@@ -196,6 +196,12 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="Seconds one step, or one collective in it, may take."),
     ] = 120.0
+    hang_timeout_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds without a sign of life, or of progress in a step, after which a rank or engine hangs."
+        ),
+    ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
     drain_timeout_s: Annotated[
         Seconds,

@@ -79,6 +79,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN.jsonl", help="Requests in OpenAI's batch format, one a line.")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT.jsonl", help="Where answers are appended; those in it are kept."
+    )
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="A system message to begin the conversation with.")
 
@@ -144,6 +151,20 @@ _CHAT = Command(
     sampling=_CHAT_SAMPLING,
     defaults={"sampling.max_tokens": "what the context holds"},
 )
+_BATCH = Command(
+    name="batch",
+    add_arguments=_add_batch,
+    summary="a file of requests in OpenAI's batch format, answered",
+    usage="batch IN.jsonl [MODEL] -o OUT.jsonl [flags]",
+    description="Answers chats and completions of OpenAI's batch format. Killed and started again it goes on:\n"
+    "no line is lost or answered twice. SIGTERM finishes what runs; a second one ends now.",
+    examples=(
+        ("shoal batch in.jsonl demo -o out.jsonl", "the model that comes with Shoal"),
+        ("shoal batch in.jsonl -o out.jsonl --model ./llama --config tp2_dp2", "two replicas of two processes"),
+    ),
+    sampling=_GENERATE_SAMPLING,
+    default_model="demo",
+)
 _EXPLAIN = Command(
     name="explain",
     add_arguments=_add_explain,
@@ -183,4 +204,6 @@ _BENCH = Command(
     ),
 )
 
-COMMANDS: Mapping[str, Command] = {command.name: command for command in (_GENERATE, _CHAT, _EXPLAIN, _DOCTOR, _BENCH)}
+COMMANDS: Mapping[str, Command] = {
+    command.name: command for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH)
+}

@@ -132,6 +132,14 @@ class Controller(EngineClient):
         """End requests wherever they are; unknown or finished ids are no error."""
         await self._dispatch.abort(request_ids)
 
+    def progress(self) -> list[tuple[str, int, int]]:
+        """Of every request a replica works on: its id, the replica's number, the tokens it has emitted."""
+        return [(e.request_id, e.slot.number, len(e.emitted)) for e in self._dispatch.ledger if e.slot is not None]
+
+    async def move_away(self, request_ids: list[str]) -> int:
+        """Have requests go on at another replica than where they are, if there is one; returns how many do."""
+        return await self._dispatch.move_away(request_ids)
+
     async def stats(self) -> list[EngineStats]:
         """One entry per replica that serves, by number; the counters of a rebuilt one begin anew. Raises EngineError
         when no replica can serve any more.

@@ -121,6 +121,8 @@ class Dispatch:
             self.check()
             if entry.aborted or entry.seconds_left == 0.0:
                 return None
+            if all(number in entry.refused_by for number, slot in self._slots.items() if slot.may_serve):
+                entry.refused_by.clear()
             if self.line.may_go(entry):
                 loads = {
                     number: slot.work
@@ -243,6 +245,18 @@ class Dispatch:
         for entry in entries:
             entry.moving = True
         await self._abort_where_they_are(entries)
+
+    async def move_away(self, request_ids: list[str]) -> int:
+        """Have requests go on at another replica than their own, if one is ready; returns how many do."""
+        ready = {number for number, slot in self._slots.items() if slot.ready}
+        moving = []
+        for request_id in request_ids:
+            entry = self.ledger.get(request_id)
+            if entry is not None and entry.slot is not None and ready - {entry.slot.number}:
+                entry.refused_by.add(entry.slot.number)
+                moving.append(entry)
+        await self.move(moving)
+        return len(moving)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests wherever they are; unknown or finished ids are no error."""

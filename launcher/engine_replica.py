@@ -74,7 +74,11 @@ class EngineReplica(ReplicaHandle):
         except ControlError as error:
             raise EngineError(self._where + (await self.explain() or str(error))) from None
         self.client = self._client = ReplicaClient(
-            self._channel, where=self._where, explain=self.explain, stop=self.stop
+            self._channel,
+            where=self._where,
+            silence_s=self.bootstrap.model.config.launcher.hang_timeout_s,
+            explain=self.explain,
+            stop=self.stop,
         )
         return ready
 

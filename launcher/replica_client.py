@@ -27,8 +27,7 @@ from shoal.launcher.replica_messages import Beat, FromEngine, LogText, Outputs, 
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 
-SILENCE_S = 10.0
-MAX_SILENCES = 3  # of SILENCE_S in a row, then the engine counts as hung: it beats every second
+SECOND_LOOK_S = 0.5  # after a silence: it may have been this process that was suspended
 DRAIN_SLACK_S = 30.0
 
 logger = logging.getLogger("shoal")
@@ -64,13 +63,16 @@ class ReplicaClient(EngineClient):
         channel: "AsyncChannel[FromEngine]",
         *,
         where: str,
+        silence_s: float,
         explain: Callable[[], Awaitable[str]],
         stop: Callable[[], Awaitable[None]],
     ) -> None:
-        """where: put before errors ("replica 1: ", or nothing). explain: how the engine process ended, in words; called
+        """where: put before errors ("replica 1: ", or nothing). silence_s: after which the engine, which beats every
+        second, counts as hung (launcher.hang_timeout_s). explain: how the engine process ended, in words; called
         when the channel closes without a Failure. stop: ends the replica's processes (`close` calls it).
         """
         self._channel, self._where, self._explain, self._stop = channel, where, explain, stop
+        self._silence_s = silence_s
         self._streams: dict[str, _Stream] = {}
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._drains: deque[asyncio.Future[list[str]]] = deque()
@@ -173,18 +175,16 @@ class ReplicaClient(EngineClient):
 
     async def _read(self) -> None:
         """Take messages until the end, whatever it is, and tell everybody who waits."""
-        silences = 0
         try:
             while self._failure is None:
                 try:
-                    message = await self._channel.receive(SILENCE_S)
+                    message = await self._channel.receive(self._silence_s)
                 except ControlTimeout:
-                    silences += 1
-                    if silences < MAX_SILENCES:
-                        continue
-                    raise
-                silences = 0
+                    message = await self._channel.receive(SECOND_LOOK_S)
                 self._take(message)
+        except ControlTimeout:
+            limit = f"{self._silence_s:g} s (launcher.hang_timeout_s)"
+            self._fail(EngineError(f"{self._where}the engine process gave no sign of life for {limit}"))
         except ControlError as error:
             how = "the engine was closed" if self._closing else await self._explain() or f"the engine is gone: {error}"
             self._fail(EngineError(self._where + how))

@@ -9,7 +9,7 @@ for the embedding, two per layer (one where both branches read the same input), 
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -91,6 +91,7 @@ class Stage:
 
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
+    on_layer: called after each layer, so that somebody sees a long step advance.
     max_model_len: positions that may occur; default: the model's own limit.
     """
 
@@ -106,6 +107,7 @@ class Stage:
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
         self.spec, self.shard = spec, shard
+        self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
                 spec.layers[index], shard, scoped(params, f"layers.{index}."), tensor, deterministic=deterministic
@@ -158,6 +160,8 @@ class Stage:
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
             hidden_TH = layer(hidden_TH, cos_sin_TR, batch, cache.layers[index])
+            if self.on_layer is not None:
+                self.on_layer()
         return hidden_TH
 
     @torch.inference_mode()
