@@ -1,5 +1,5 @@
-"""start_engine: the one place that decides who starts the ranks (in this process, local processes, torchrun), and does
-it.
+"""start_engine: the one place that decides who starts the ranks (in this process, local processes, torchrun, Ray), and
+does it.
 
 A front end of several ranks imports no torch: the zygote does, while this process goes on. Whatever fails, nothing is
 left running.
@@ -53,3 +53,7 @@ async def start_engine(
             from shoal.launcher.torchrun_start import start_torchrun
 
             return await start_torchrun(config, spec, model_dir, on_progress)
+        case "ray":
+            from shoal.launcher.ray_start import start_ray
+
+            return await start_ray(config, spec, model_dir, on_progress)
