@@ -13,9 +13,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges, split_keys
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.launcher.controller_status import ControllerStatus, ReplicaState
@@ -67,10 +69,16 @@ class Controller(EngineClient):
     def _slot_changed(self, slot: ReplicaSlot) -> None:
         if not slot.serves:
             self._routing.forget(slot.number)
+        if slot.ready and slot.handle is not None:
+            slot.handle.watch_cache(partial(self._cache_changed, slot.number))
         if slot.may_serve:
             self._dispatch.line.wake()
         else:
             self._dispatch.line.wake_all()
+
+    def _cache_changed(self, number: int, changes: CacheChanges) -> None:
+        stored, removed = split_keys(changes.stored), split_keys(changes.removed)
+        self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
     async def start(self, on_progress: Progress | None = None) -> list[Ready]:
         """Bring all replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after
