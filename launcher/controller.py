@@ -22,6 +22,7 @@ from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.launcher.controller_status import ControllerStatus, ReplicaState
 from shoal.launcher.dispatch import Dispatch, Limits
+from shoal.launcher.journal import Journal
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
 from shoal.launcher.replica_slot import ReplicaSlot, RestartPolicy
@@ -50,14 +51,16 @@ class Controller(EngineClient):
         options: ControllerOptions,
         routing: Routing | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """factory: makes a handle for each life of each replica. routing: LeastLoaded when None. on_close: called once,
-        after all replicas were stopped.
+        after all replicas were stopped. journal: for a controller whose successor is to go on with its requests; the
+        caller closes it.
         """
         self._factory, self.options, self._on_close = factory, options, on_close
         self._routing = routing or LeastLoaded()
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
-        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed)
+        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
         self._scaling = asyncio.Lock()
         self._draining = False
         self._started = time.monotonic()
