@@ -70,7 +70,8 @@ class EngineCore:
             raise EngineError(str(self.failure)) from self.failure
         self._check(request)
         num_waiting = len(self.scheduler.waiting)
-        if num_waiting >= self.config.scheduler.max_queued_requests:
+        seats = max(0, self.scheduler.max_num_running - len(self.scheduler.running))  # these come to no queue
+        if num_waiting >= self.config.scheduler.max_queued_requests + seats:
             raise QueueFull(
                 f"{num_waiting} requests wait already (scheduler.max_queued_requests): come back later, or raise it",
                 self._retry_after_s(),

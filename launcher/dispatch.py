@@ -148,6 +148,7 @@ class Dispatch:
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
             entry.firm = True
             await self.line.wait(entry, entry.seconds_left)
+            entry.refused_by.clear()
 
     async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
         """The request's deltas from one replica, counted as its work while it lasts. Ends without a last delta when the

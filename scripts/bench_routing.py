@@ -48,14 +48,18 @@ def make_policy(name: str, load_factor: float) -> Routing:
     return RoundRobin() if name == "round_robin" else LeastLoaded()
 
 
-def workload(seed: int, conversations: int, rate: float, scale: float, vocabulary: int) -> list[Request]:
-    """Turns of conversations in the order of their arrival. rate: turns a second. scale: of all lengths."""
+def workload(
+    seed: int, conversations: int, rate: float, scale: float, vocabulary: int, num_systems: int
+) -> list[Request]:
+    """Turns of conversations in the order of their arrival. rate: turns a second. scale: of all lengths. num_systems:
+    different system prompts.
+    """
     choose = random.Random(f"routing {seed}")
 
     def tokens(count: float) -> list[int]:
         return [choose.randrange(vocabulary) for _ in range(max(1, int(count * scale)))]
 
-    systems = [tokens(choose.uniform(500, 2500)) for _ in range(max(4, conversations // 50))]
+    systems = [tokens(choose.uniform(500, 2500)) for _ in range(num_systems)]
     weights = [1 / (rank + 1) for rank in range(len(systems))]
     turns = []
     span_s = 3.0 * conversations / rate
@@ -179,12 +183,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--real", metavar="MODEL")
     parser.add_argument("--real-conversations", type=int, default=40)
+    parser.add_argument("--real-seconds", type=float, default=40.0, help="over which their turns arrive")
     parser.add_argument("--out", type=Path, default=OUT / "routing")
     args = parser.parse_args()
-    shape = workload(args.seed, args.conversations, 1.0, 1.0, VOCABULARY)
+    systems = max(4, args.conversations // 50)
+    shape = workload(args.seed, args.conversations, 1.0, 1.0, VOCABULARY, systems)
     tokens = statistics.mean(len(request.prompt_token_ids) for request in shape)
     rate = args.utilisation * args.replicas / (tokens * LATENCY.token_s)
-    arrivals = workload(args.seed, args.conversations, rate, 1.0, VOCABULARY)
+    arrivals = workload(args.seed, args.conversations, rate, 1.0, VOCABULARY, systems)
     virtual = {}
     for name in POLICIES:
         virtual[name] = simulate(name, arrivals, args.replicas, args.load_factor)
@@ -194,9 +200,9 @@ def main() -> None:
     results = {f"{args.replicas} replicas, virtual time": virtual}
     if args.real:
         real = {}
-        few = workload(args.seed, args.real_conversations, 1.0, 0.15, 500)
+        few = workload(args.seed, args.real_conversations, 1.0, 0.25, 500, args.real_conversations // 2)
         for name in POLICIES:
-            real[name] = asyncio.run(measure(name, args.real, few, few[-1].arrival / 20.0))
+            real[name] = asyncio.run(measure(name, args.real, few, few[-1].arrival / args.real_seconds))
             print(f"2 real, {name}:", {k: v for k, v in real[name].items() if k != "ttft_s"}, flush=True)
         results["2 replicas of the demo model, real time"] = real
     plot(results, args.out.with_suffix(".png"))
