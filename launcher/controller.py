@@ -13,13 +13,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges, split_keys
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.launcher.controller_status import ControllerStatus, ReplicaState
 from shoal.launcher.dispatch import Dispatch, Limits
+from shoal.launcher.journal import Journal
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
 from shoal.launcher.replica_slot import ReplicaSlot, RestartPolicy
@@ -48,14 +51,16 @@ class Controller(EngineClient):
         options: ControllerOptions,
         routing: Routing | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """factory: makes a handle for each life of each replica. routing: LeastLoaded when None. on_close: called once,
-        after all replicas were stopped.
+        after all replicas were stopped. journal: for a controller whose successor is to go on with its requests; the
+        caller closes it.
         """
         self._factory, self.options, self._on_close = factory, options, on_close
         self._routing = routing or LeastLoaded()
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
-        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed)
+        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
         self._scaling = asyncio.Lock()
         self._draining = False
         self._started = time.monotonic()
@@ -67,10 +72,16 @@ class Controller(EngineClient):
     def _slot_changed(self, slot: ReplicaSlot) -> None:
         if not slot.serves:
             self._routing.forget(slot.number)
+        if slot.ready and slot.handle is not None:
+            slot.handle.watch_cache(partial(self._cache_changed, slot.number))
         if slot.may_serve:
             self._dispatch.line.wake()
         else:
             self._dispatch.line.wake_all()
+
+    def _cache_changed(self, number: int, changes: CacheChanges) -> None:
+        stored, removed = split_keys(changes.stored), split_keys(changes.removed)
+        self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
     async def start(self, on_progress: Progress | None = None) -> list[Ready]:
         """Bring all replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after

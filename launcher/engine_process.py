@@ -102,6 +102,8 @@ def _bring_up_and_serve(
     try:
         core = vital.core = EngineCore(config, executor)
         vital.watch = executor.watch
+        if config.launcher.routing == "prefix" and config.cache.enable_prefix_caching:
+            core.tell_cache()
         engine = ProcessPlace(platform.node(), os.getpid())
         ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
         front.send(ready, TELL_TIMEOUT_S)
