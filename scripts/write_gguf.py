@@ -1,4 +1,4 @@
-"""A Llama checkpoint of Hugging Face as GGUF, for measuring llama.cpp's speed: `python scripts/write_gguf.py FOLDER FILE`.
+"""A Llama checkpoint of Hugging Face as GGUF, for measuring llama.cpp: `python scripts/write_gguf.py FOLDER FILE`.
 
 Needs the `gguf` package. There is no tokenizer in the file ("none"), and the rows of query and key projections stay in
 Hugging Face's order, which llama.cpp reads in another one: the speed is the model's, the text is not.
