@@ -70,7 +70,7 @@ class Worker:
                 weights = load_parameters(
                     checkpoint, family, self.spec, self.shard, self.dtype, self.device, on_progress
                 )
-        self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        self.weights_bytes = sum(tensor.nbytes for tensor in weights.values())
         self.stage = Stage(
             self.spec,
             self.shard,

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from shoal.kernels.build import NativeLibrary, native_library
 from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER, takes_native
+from shoal.kernels.quantized_linear import quantized_linear
+from shoal.kernels.quantized_weight import QuantizedWeight
 
 _PROTOTYPE = (INT, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)
 BLOCK_ROWS = 16  # decode batches are small; more rows per block would be wasted on them
@@ -27,12 +29,18 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    deterministic: bool,
 ) -> torch.Tensor:
     """x: [..., inner]; weight: [columns, inner]; bias: [columns] or None; one dtype and device. Returns [..., columns].
 
     deterministic: see above. Raises ValueError when dtypes differ.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
     rows = x.shape[:-1].numel()
     if not (deterministic or (x.is_cpu and rows in FASTER_ROWS.get(x.dtype, ()))):
         return F.linear(x, weight, bias)

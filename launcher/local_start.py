@@ -86,7 +86,7 @@ def make_replicas(
 ) -> list[LocalReplica]:
     """Handles of all replicas, their listeners open."""
     config, size = settled.config, settled.config.ranks_per_replica
-    shards = shard_model(model.spec, config.parallel)
+    shards = shard_model(model.spec, config.parallel, config.model.quantization)
     assert config.runtime.threads is not None, "settled"
     replicas = []
     for number in range(config.parallel.data):

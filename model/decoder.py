@@ -112,7 +112,7 @@ class Stage:
             )
             for index in range(shard.first_layer, shard.last_layer)
         }
-        some = next(iter(params.values()))
+        some = next(tensor for tensor in params.values() if isinstance(tensor, torch.Tensor))
         self.dtype = some.dtype
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
