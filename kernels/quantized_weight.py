@@ -1,69 +1,96 @@
-"""QuantizedWeight: codes and scales of a linear's weight in the format of kernels/quantized_format.py; made of floats,
-and made floats again.
+"""QuantizedWeight: y = x w^T + bias with weights of 8 or 4 bits (kernels/quantized_format.py) and x rounded to 8 bits.
+
+x is rounded in the groups of the weight, row by row; a group's products are summed as integers, which is exact. So
+y = sum over groups of (sum of codes) * w_scale * x_scale, in float32, then the bias: a row's bits depend on nothing but
+the row, always. C kernel on CPUs (kernels/native/quantized.c); without it torch computes the same sums from the rounded
+values in float32. The scheme of llama.cpp's Q8_0 and Q4_0; outliers (arXiv:2208.07339) spoil their own group only.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
+from shoal.kernels.build import native_library
+from shoal.kernels.native_types import DTYPE_CODES
+from shoal.kernels.quantize import quantize_groups, quantize_rows
 from shoal.kernels.quantized_format import BLOCK, GROUP, padded_groups
+from shoal.kernels.weight import NativeWeight, PreparedWeight
 
+KINDS = {8: 1, 4: 2}  # kernels/native/weight.h
 ZERO = {8: 128, 4: 8}  # what is added to codes when they are stored
-SMALLEST = 1e-30  # groups without a larger value are taken for zeros: no scale is subnormal
+BLOCK_ROWS = 16  # rows per product without the C kernel: one shape, one order of sums
+SLAB_ELEMENTS = 1 << 22  # weights made floats at once without the C kernel
 
 
-def quantize_groups(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """values: [..., GROUP] float32, finite. Returns codes [..., GROUP] int8 and scales [...] bfloat16."""
-    low, high = values.aminmax(dim=-1)
-    if bits == 8:
-        scale = torch.maximum(-low, high) / 127
-    else:
-        scale = torch.where(-low >= high, low, high) / -8
-    scale = torch.where(scale.abs() > SMALLEST, scale, 0).bfloat16()
-    inverse = torch.where(scale == 0, 0, 1 / scale.float()).unsqueeze(-1)
-    limit = (-127, 127) if bits == 8 else (-8, 7)
-    return (values * inverse).round_().clamp_(*limit).to(torch.int8), scale
-
-
-class QuantizedWeight:
+class QuantizedWeight(PreparedWeight):
     """A weight [columns, inner], or a stack of them [count, columns, inner], of `bits` (8 or 4) bits, in blocked order.
 
-    lead: inputs of the first group before the first column held. codes: uint8 [(count,) blocks, groups, GROUP * BLOCK *
-    bits / 8]; scales: bfloat16 [(count,) blocks, groups, BLOCK]. A new one is all zeros; `put` fills it.
+    dtype: of activations. lead: inputs of the first group before the first one held. codes: uint8 [(count,) blocks,
+    groups, GROUP * BLOCK * bits / 8]; scales: bfloat16 [(count,) blocks, groups, BLOCK]. A new one is all zeros; `put`
+    fills it.
     """
 
-    def __init__(self, shape: tuple[int, ...], bits: int, lead: int = 0, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        bits: int,
+        lead: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         *count, columns, inner = shape
-        blocks, groups = -(-columns // BLOCK), padded_groups(inner, lead)
-        self.shape, self.bits, self.lead = torch.Size(shape), bits, lead
-        self.codes = torch.zeros((*count, blocks, groups, GROUP * BLOCK * bits // 8), dtype=torch.uint8, device=device)
-        self.scales = torch.zeros((*count, blocks, groups, BLOCK), dtype=torch.bfloat16, device=device)
+        groups = (*count, -(-columns // BLOCK), padded_groups(inner, lead))
+        self.shape, self.bits, self.lead, self.dtype = torch.Size(shape), bits, lead, dtype  # type: ignore[assignment]
+        if memory is None:
+            codes = torch.zeros((*groups, GROUP * BLOCK * bits // 8), dtype=torch.uint8)
+            memory = codes, torch.zeros((*groups, BLOCK), dtype=torch.bfloat16)
+        self.codes, self.scales = memory
+        self.nbytes = self.codes.nbytes + self.scales.nbytes
+        self._library = native_library()
+        if self._library is not None and not count:
+            super().__init__(self._library)
+            pointers = self.codes.data_ptr(), self.scales.data_ptr()
+            self.native = NativeWeight(KINDS[bits], DTYPE_CODES[dtype], columns, inner, lead, *pointers)
 
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
-    def __getitem__(self, index: int) -> "QuantizedWeight":
-        """One weight of a stack, sharing its memory."""
+    def unstacked(self) -> list["QuantizedWeight"]:
+        """The weights of a stack, sharing its memory."""
         assert len(self.shape) == 3, self.shape
-        one = object.__new__(QuantizedWeight)
-        one.shape, one.bits, one.lead = torch.Size(self.shape[1:]), self.bits, self.lead
-        one.codes, one.scales = self.codes[index], self.scales[index]
-        return one
+        pairs = zip(self.codes, self.scales, strict=True)
+        return [
+            QuantizedWeight(self.shape[1:], self.bits, self.lead, dtype=self.dtype, memory=memory) for memory in pairs
+        ]
 
     def columns(self, first: int, stop: int) -> "QuantizedWeight":
         """Columns [first, stop) of one weight, sharing its memory; first is a multiple of BLOCK."""
         assert len(self.shape) == 2 and first % BLOCK == 0, (self.shape, first)
-        part, blocks = object.__new__(QuantizedWeight), slice(first // BLOCK, -(-stop // BLOCK))
-        part.shape, part.bits, part.lead = torch.Size((stop - first, self.shape[1])), self.bits, self.lead
-        part.codes, part.scales = self.codes[blocks], self.scales[blocks]
-        return part
+        blocks = slice(first // BLOCK, -(-stop // BLOCK))
+        memory = self.codes[blocks], self.scales[blocks]
+        return QuantizedWeight((stop - first, self.shape[1]), self.bits, self.lead, dtype=self.dtype, memory=memory)
+
+    def multiply(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See PreparedWeight."""
+        if self._library is not None:
+            return super().multiply(x_MK, bias)
+        self.check(x_MK, bias)
+        return self._multiply_floats(x_MK, bias)
+
+    def _multiply_floats(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Products of rounded x and weights made floats, over blocks of rows and slabs of columns of one shape each."""
+        codes, scales = quantize_rows(x_MK, self.lead)
+        rounded = (codes * scales.unsqueeze(-1)).flatten(1)[:, self.lead : self.lead + self.shape[1]]
+        rows = -(-len(x_MK) // BLOCK_ROWS) * BLOCK_ROWS
+        rounded = F.pad(rounded, (0, 0, 0, rows - len(x_MK)))
+        y_MN = torch.empty((rows, self.shape[0]), dtype=x_MK.dtype)
+        step = max(1, SLAB_ELEMENTS // max(1, self.codes.shape[1] * GROUP * BLOCK)) * BLOCK
+        for first in range(0, self.shape[0], step):
+            stop = min(first + step, self.shape[0])
+            part = self.columns(first, stop).dequantize()
+            for row in range(0, rows, BLOCK_ROWS):
+                y = F.linear(rounded[row : row + BLOCK_ROWS], part)
+                y_MN[row : row + BLOCK_ROWS, first:stop] = y if bias is None else y + bias[first:stop]
+        return y_MN[: len(x_MK)]
 
     def put(self, first: int, values: torch.Tensor) -> None:
         """Quantise columns [first, first + count) of one weight.
@@ -75,8 +102,7 @@ class QuantizedWeight:
         groups = self.codes.shape[1]
         missing = groups * GROUP - values.shape[1]
         assert 0 <= missing < GROUP, (values.shape, self.shape, self.lead)
-        wide = torch.nn.functional.pad(values.float(), (0, missing)).view(-1, groups, GROUP)
-        codes, scales = quantize_groups(wide, self.bits)
+        codes, scales = quantize_groups(F.pad(values.float(), (0, missing)).view(-1, groups, GROUP), self.bits)
         words, targets = _words(codes, self.bits), self.codes.view(torch.int32).unflatten(-1, (-1, BLOCK))
         for start, stop in _runs(first, first + len(values)):
             block, where = start // BLOCK, slice(start - first, stop - first)
@@ -95,8 +121,11 @@ class QuantizedWeight:
         if self.bits == 4:
             pairs = (codes + ZERO[4]).view(torch.uint8).unflatten(-1, (-1, 2))
             codes = pairs[..., 0] | (pairs[..., 1] << 4)
-        scales = self.scales.transpose(-1, -2).flatten(-3, -2)
-        return codes, scales[..., : self.shape[-2], :].contiguous()
+        return codes, self.plain_scales().contiguous()
+
+    def plain_scales(self) -> torch.Tensor:
+        """Every scale: bfloat16 [(count,) columns, groups]."""
+        return self.scales.transpose(-1, -2).flatten(-3, -2)[..., : self.shape[-2], :]
 
     def int_codes(self) -> torch.Tensor:
         """Every code: int8 [(count,) columns, groups * GROUP]."""
@@ -110,9 +139,26 @@ class QuantizedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The floats it stands for: float32 of its shape."""
-        scales = self.scales.float().transpose(-1, -2).flatten(-3, -2)[..., : self.shape[-2], :]
-        wide = self.int_codes().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)
+        wide = self.int_codes().unflatten(-1, (-1, GROUP)) * self.plain_scales().float().unsqueeze(-1)
         return wide.flatten(-2)[..., self.lead : self.lead + self.shape[-1]]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """See PreparedWeight. For weights of 8 bits, which embeddings have."""
+        assert self.bits == 8 and len(self.shape) == 2, (self.bits, self.shape)
+        block, column = ids // BLOCK, ids % BLOCK
+        codes = self.codes.view(torch.int32).unflatten(-1, (-1, BLOCK))[block, :, :, column].contiguous()
+        floats = (codes.view(torch.uint8) ^ ZERO[8]).view(torch.int8) * self.scales[block, :, column].float()[..., None]
+        return floats.flatten(-2)[..., self.lead : self.lead + self.shape[1]].to(self.dtype).contiguous()
+
+
+def quantized_linear_reference(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The formula in float64. x: [rows, inner]; bias: [columns]. Returns float64 [rows, columns]."""
+    codes, scales = quantize_rows(x, weight.lead)
+    dots = torch.einsum("rgk,cgk->rcg", codes.double(), weight.int_codes().unflatten(-1, (-1, GROUP)).double())
+    y = (dots * scales.double().unsqueeze(1) * weight.plain_scales().double()).sum(-1)
+    return y if bias is None else y + bias.double()
 
 
 def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:

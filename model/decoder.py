@@ -10,6 +10,7 @@ Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class DecoderLayer:
         self,
         spec: Layer,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,
@@ -98,7 +99,7 @@ class Stage:
         self,
         spec: DecoderSpec,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         tensor: Communicator,
         *,
         deterministic: bool = False,
@@ -112,7 +113,7 @@ class Stage:
             )
             for index in range(shard.first_layer, shard.last_layer)
         }
-        some = next(tensor for tensor in params.values() if isinstance(tensor, torch.Tensor))
+        some = next(iter(params.values()))
         self.dtype = some.dtype
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)

@@ -9,10 +9,10 @@ Logical parameters are the unsharded, canonical tensors ([out, in] weights) that
     layers.I.ffn.experts.E.{gate,up,down}.weight
     layers.I.ffn.shared.{gate,up,down}.weight   layers.I.ffn.shared_gate.weight [1, H]
 Local tensors are what the decoder computes with: query, key and value rows are fused into mixer.qkv, gate and up into
-ffn.gate_up, experts are stacked. With shard.quantization the weights of linears have `bits` (kernels/
-quantized_format.py): 8 or 4 in the layers, experts included, and 8 in the head, which then is a tensor of its own
-even when it is tied; embeddings, norms, biases, routers and sinks are floats always. The ledger, `explain`, the
-loader and the decoder all read this one table. No torch.
+ffn.gate_up, experts are stacked. With shard.quantization the weights of linears have `bits`
+(kernels/quantized_format.py): 8 or 4 in the layers, experts included, and 8 in the head, and in the embedding where
+that is the head as well; other embeddings, norms, biases, routers and sinks are floats always. The ledger, `explain`,
+the loader and the decoder all read this one table. No torch.
 """
 
 from collections.abc import Iterator
@@ -166,28 +166,28 @@ def layer_parameters(index: int, layer: Layer, hidden: int, shard: ModelShard) -
 
 
 def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
-    """Whether the head computes with the embedding's own tensor: tied, both on this rank, and not quantised."""
-    return spec.tie_embeddings and shard.has_embedding and shard.has_head and shard.quantization == "none"
+    """Whether the head computes with the embedding's own tensor: tied, and both on this rank."""
+    return spec.tie_embeddings and shard.has_embedding and shard.has_head
 
 
 LINEARS = ("mixer.qkv", "mixer.o", "gate_up", "ffn.up", "down")
 
 
-def weight_bits(name: str, quantization: Quantization) -> int | None:
-    """Bits of a local tensor's codes; None when it is not quantised."""
+def weight_bits(name: str, quantization: Quantization, tied: bool) -> int | None:
+    """Bits of a local tensor's codes; None when it is not quantised. tied: the embedding is the head as well."""
     module, _, kind = name.rpartition(".")
     if quantization == "none" or kind != "weight":
         return None
-    if module == "head":
+    if module == "head" or (module == "embed" and tied):
         return 8
     return {"int8": 8, "int4": 4}[quantization] if module.endswith(LINEARS) else None
 
 
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
-    """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding, or one
-    that is quantised, is a tensor of its own."""
+    """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a
+    tensor of its own."""
     for parameter in float_parameters(spec, shard):
-        bits = weight_bits(parameter.name, shard.quantization)
+        bits = weight_bits(parameter.name, shard.quantization, spec.tie_embeddings)
         yield parameter if bits is None else msgspec.structs.replace(parameter, bits=bits)
 
 

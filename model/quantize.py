@@ -13,7 +13,7 @@ import torch
 
 from shoal.kernels.quantized_format import BLOCK, GROUP
 from shoal.kernels.quantized_weight import QuantizedWeight
-from shoal.model.parameters import LocalParameter, Part
+from shoal.model.parameters import LocalParameter
 from shoal.parallel.sharding import Range
 
 SLAB_ELEMENTS = 1 << 22  # floats held at once: 16 MiB, and a few times as much while they are rounded
@@ -37,25 +37,20 @@ class Slab(NamedTuple):
 def new_parameter(
     parameter: LocalParameter, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | QuantizedWeight:
-    """Memory for one local tensor, to be filled."""
+    """Memory for one local tensor, to be filled. Quantised ones are on the CPU, for activations of `dtype`."""
     if parameter.bits is None:
         return torch.empty(parameter.shape, dtype=dtype, device=device)
-    return QuantizedWeight(parameter.shape, parameter.bits, parameter.lead, device=device)
+    assert device.type == "cpu", device
+    return QuantizedWeight(parameter.shape, parameter.bits, parameter.lead, dtype=dtype)
 
 
 def slabs(parameter: LocalParameter, weight: QuantizedWeight, widths: Mapping[str, int]) -> Iterator[Slab]:
     """Everything to be read for one quantised tensor. widths: inputs of every logical parameter."""
+    weights = weight.unstacked() if len(weight.shape) == 3 else [weight]
     for part in parameter.parts:
         (first, stop), (start, end) = part.source
         inputs = (start - start % GROUP, min(-(-end // GROUP) * GROUP, widths[part.logical]))
-        one, column = target(part, weight)
+        slot, column = (part.dest[0][0], part.dest[1][0]) if len(part.dest) == 3 else (0, part.dest[0][0])
         step = max(1, SLAB_ELEMENTS // (inputs[1] - inputs[0]) // BLOCK) * BLOCK
         for row in range(first, stop, step):
-            yield Slab(part.logical, ((row, min(row + step, stop)), inputs), one, column + row - first)
-
-
-def target(part: Part, weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
-    """The weight a part goes to (one of a stack for experts), and its first column there."""
-    if len(part.dest) == 3:
-        return weight[part.dest[0][0]], part.dest[1][0]
-    return weight, part.dest[0][0]
+            yield Slab(part.logical, ((row, min(row + step, stop)), inputs), weights[slot], column + row - first)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shoal.configs.schema import ParallelConfig
+from shoal.kernels.build import native_library
 from shoal.kernels.quantized_format import quantized_bytes
 from shoal.kernels.quantized_weight import QuantizedWeight
 from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters
@@ -15,7 +16,8 @@ from shoal.model.dummy import dummy_parameters
 from shoal.model.families import load_spec
 from shoal.model.families.names import logical_shapes
 from shoal.model.memory_estimate import weights_bytes
-from shoal.model.parameters import local_parameters
+from shoal.model.parameters import head_is_shared, local_parameters
+from shoal.model.prepare import num_bytes, prepare_weights
 from shoal.model.shard import ModelShard, Quantization, shard_model
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.communicator import SingleCommunicator
@@ -62,9 +64,7 @@ def gather(folder: Path, parallel: ParallelConfig, quantization: Quantization) -
         for parameter in local_parameters(spec, shard):
             value = floats(tensors[parameter.name])
             for part in parameter.parts:
-                # a tied head's codes are not the embedding's floats
-                key = "head" if parameter.name == "head.weight" else part.logical
-                logical = found.setdefault(key, torch.full(logical_shapes(spec)[part.logical], torch.nan))
+                logical = found.setdefault(part.logical, torch.full(logical_shapes(spec)[part.logical], torch.nan))
                 view = logical[tuple(slice(*bounds) for bounds in part.source)]
                 values = value[tuple(slice(*bounds) for bounds in part.dest)].reshape(view.shape)
                 assert torch.equal(view[~view.isnan()], values[~view.isnan()])
@@ -92,12 +92,13 @@ def test_linears_are_quantised_and_nothing_else(name: str, root: Path) -> None:
     [shard], [plain] = shard_model(spec, ParallelConfig(), "int4"), shard_model(spec, ParallelConfig())
     exact = quantized(folder, plain)
     for key, value in quantized(folder, shard).items():
+        module, want = key.rpartition(".")[0], exact[key]
         if not isinstance(value, QuantizedWeight):
-            assert torch.equal(value, exact[key])
-            assert value.dim() == 1 or key.rpartition(".")[0].endswith(("embed", "positions", "router", "shared_gate"))
+            assert torch.equal(value, want)
+            assert value.dim() == 1 or module.endswith(("embed", "positions", "router", "shared_gate"))
+            assert module != "embed" or not spec.tie_embeddings
             continue
-        want = exact["embed.weight" if key == "head.weight" and spec.tie_embeddings else key]
-        assert value.bits == (8 if key == "head.weight" else 4)
+        assert value.bits == (8 if module in ("head", "embed") else 4)
         assert (floats(value) - want).norm() / want.norm() < (0.01 if value.bits == 8 else 0.1)
 
 
@@ -108,7 +109,13 @@ def test_the_ledger_counts_the_bytes_that_are_allocated(name: str, quantization:
     for parallel in (ParallelConfig(), ParallelConfig(tensor=3), ParallelConfig(tensor=2, pipeline=2)):
         for shard in shard_model(spec, parallel, quantization):
             params = dummy_parameters(spec, shard, torch.bfloat16, CPU, seed=1)
-            assert weights_bytes(spec, shard, 2) == sum(value.nbytes for value in params.values())
+            total = sum(value.nbytes for value in params.values())
+            assert weights_bytes(spec, shard, 2) == total
+            if quantization != "none":
+                params = {key: value for key, value in params.items() if isinstance(value, QuantizedWeight)}
+                total = sum(map(num_bytes, params.values()))
+                prepared = prepare_weights(params, native_library(), head_is_shared=head_is_shared(spec, shard))
+                assert total == sum(map(num_bytes, prepared.values()))
 
 
 def test_half_the_bytes_and_a_quarter() -> None:
@@ -173,6 +180,7 @@ def read_raw(folder: Path) -> tuple[bytes, bytes]:
 def logits(spec: DecoderSpec, shard: ModelShard, group: object, chunks: list[int]) -> torch.Tensor:
     """The logits of PROMPT, computed in chunks beside another request."""
     params = dummy_parameters(spec, shard, torch.float32, CPU, seed=1)
+    params = prepare_weights(params, native_library(), head_is_shared=head_is_shared(spec, shard))
     model = PagedModel(spec, [Stage(spec, shard, params, group, deterministic=True)], block_size=4)  # type: ignore[arg-type]
     model.add("a", PROMPT)
     model.add("b", PROMPT[::-1])
