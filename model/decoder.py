@@ -17,6 +17,7 @@ import torch
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
+from shoal.model.fused import fuse_feed_forward, fuse_mixer
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import make_norm
 from shoal.model.parameters import head_is_shared
@@ -47,6 +48,8 @@ class DecoderLayer:
             make_norm(getattr(spec, name), params, name)
             for name in ("pre_mixer_norm", "post_mixer_norm", "pre_ffn_norm", "post_ffn_norm")
         )
+        self.fused_mixer = fuse_mixer(self.pre_mixer, self.mixer)
+        self.fused_ffn = fuse_feed_forward(self.pre_ffn, self.ffn)
 
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
@@ -56,18 +59,33 @@ class DecoderLayer:
                 out_TH += bias_H
         return out_TH
 
+    def mix(
+        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
+    ) -> torch.Tensor:
+        """This rank's part of the normed input's attention."""
+        if self.fused_mixer is not None:
+            step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
+            return self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
+        return self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+
+    def feed(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the feed-forward of the normed input."""
+        if self.fused_ffn is not None:
+            return self.fused_ffn(x_TH)
+        return self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+
     def __call__(
         self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
     ) -> torch.Tensor:
         """The layer's output, [T, H]; x is not changed."""
-        mixed_TH = self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+        mixed_TH = self.mix(x_TH, cos_sin_TR, batch, cache)
         if self.parallel:
             return self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
         x_TH = mixed_TH.add_(x_TH)
-        out_TH = self.reduced(self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH), self.ffn.out_bias)
+        out_TH = self.reduced(self.feed(x_TH), self.ffn.out_bias)
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
         return out_TH.add_(x_TH)
@@ -76,7 +94,7 @@ class DecoderLayer:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
         follow.
         """
-        out_TH = self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+        out_TH = self.feed(x_TH)
         if self.post_mixer or self.post_ffn:
             mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
             out_TH = self.reduced(out_TH, self.ffn.out_bias)

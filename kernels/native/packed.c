@@ -1,10 +1,10 @@
 /* Products with weights in panels of 32 columns, widened to float32 in registers or multiplied as they are (AVX512-BF16).
  *
- * Positions come in blocks of DEPTH; a panel's block holds them one after the other, [DEPTH][32], so that one vector holds one position of 16 columns and x is broadcast:
- * no sums over lanes, and the blocks of neighbouring panels follow each other, so memory is read from end to end. bfloat16 positions come in pairs, [DEPTH / 2][32][2]: even
- * and odd ones are a shift and a mask away from float32, and a pair is what AVX512-BF16 multiplies. Missing columns and the last half of a
- * pair are zeros. An element of y is the sum over blocks of DEPTH positions, each summed in rising order (pairs: odd before even with
- * AVX512-BF16), the bias last, rounded once.
+ * Positions come in blocks of DEPTH; a panel's block holds them one after the other, [DEPTH][32], so that one vector holds one position of 16
+ * columns and x is broadcast: no sums over lanes, and the blocks of neighbouring panels follow each other, so memory is read from end to
+ * end. bfloat16 positions come in pairs, [DEPTH / 2][32][2]: even and odd ones are a shift and a mask away from float32, and a pair is what
+ * AVX512-BF16 multiplies. Missing columns and the last half of a pair are zeros. An element of y is the sum over blocks of positions, each
+ * summed in rising order (pairs: odd before even with AVX512-BF16), the bias last, rounded once.
  */
 #include "weight.h"
 
