@@ -53,6 +53,13 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8", "int4"],
+        Meta(
+            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded; CPU only. "
+            "Activations are rounded to 8 bits in the products. See docs/quantisation.md."
+        ),
+    ] = "none"
     max_model_len: Annotated[
         Positive | None,
         Meta(description="Longest prompt plus output, in tokens; default: the checkpoint's limit."),

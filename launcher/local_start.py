@@ -113,7 +113,7 @@ def make_replica(
     bootstrap = EngineBootstrap(
         replica=number,
         model=model,
-        shards=shard_model(model.spec, config.parallel),
+        shards=shard_model(model.spec, config.parallel, config.model.quantization),
         devices={rank: device_of(config, number * size + rank) for rank in range(size)},
         ranks_per_device=settled.ranks_per_device,
         threads=config.runtime.threads,

@@ -239,7 +239,7 @@ class RayFleet:
         collectives = choose_collectives(self._config, host, self._device)
         runtime = msgspec.structs.replace(settled.config.runtime, collectives=collectives)
         config = msgspec.structs.replace(settled.config, runtime=runtime)
-        shards, key = shard_model(self._spec, config.parallel), new_key()
+        shards, key = shard_model(self._spec, config.parallel, config.model.quantization), new_key()
         assert config.runtime.threads is not None, "settled"
         listener = Listener.unix() if first.report.host == host_id() else Listener.tcp(self._own.address)
         config_fingerprint = fingerprint(self._config, self._spec)

@@ -44,6 +44,7 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     """Resolve the settings for a model on this host. Raises ValueError naming setting, value, limit and fix."""
     device = choose_device(config, host)
     collectives = choose_collectives(config, host, device)
+    check_quantization(config, device)
     threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -81,6 +82,15 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
     return "cuda"
 
 
+def check_quantization(config: ShoalConfig, device: Device) -> None:
+    """Raise ValueError where quantised weights cannot be computed with."""
+    if config.model.quantization != "none" and device == "cuda":
+        raise ValueError(
+            f"model.quantization = {config.model.quantization} works on CPUs only, and torch sees GPUs here; "
+            "use none, or set runtime.device = cpu"
+        )
+
+
 def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:
     """How ranks exchange tensors. Raises ValueError when the asked way cannot work here."""
     wanted, size = config.runtime.collectives, config.ranks_per_replica
@@ -111,12 +121,13 @@ def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Liter
 def _notes(config: ShoalConfig, host: Host) -> list[str]:
     """What was chosen, for people."""
     layout, runtime = config.parallel, config.runtime
+    weights = "" if config.model.quantization == "none" else f" with {config.model.quantization} weights"
     between = f", {runtime.collectives} collectives" if config.ranks_per_replica > 1 else ""
     threads = f", {runtime.threads} {'thread' if runtime.threads == 1 else 'threads'} per rank"
     kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
     notes = [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "
-        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}, context "
+        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}{weights}, context "
         f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
     ]
     if host.gpus > host.ranks and runtime.device == "cuda":

@@ -32,6 +32,11 @@ def test_nothing_automatic_is_left_and_the_choice_is_told() -> None:
     assert settled.notes[0].startswith("tensor 4 x pipeline 1 x data 1 = 4 ranks on cpu: float32, context 512, shm")
 
 
+def test_quantised_weights_are_told() -> None:
+    quantised = ShoalConfig(model=ModelConfig(quantization="int4"))
+    assert "float32 with int4 weights, context" in settle(quantised, SPEC, CPU).notes[0]
+
+
 def test_what_was_set_stays() -> None:
     settled = settle(config(2, max_model_len=100, threads=3, seed=5, collectives="gloo", native="off"), SPEC, CPU)
     assert settled.config.model.max_model_len == 100
@@ -76,6 +81,11 @@ def test_more_gpus_than_the_layout_uses_are_mentioned() -> None:
         (config(2, collectives="nccl"), CPU, "nccl works on GPUs, and torch sees none"),
         (config(2, collectives="gloo"), Host(gpus=2, native=True, ranks=2), "gloo joins CPU tensors.*use auto or nccl"),
         (config(2, collectives="shm"), Host(gpus=2, native=True, ranks=2), "shm joins CPU tensors.*use auto or nccl"),
+        (
+            ShoalConfig(model=ModelConfig(quantization="int8")),
+            Host(gpus=1, native=True, ranks=1),
+            "quantization = int8 works on CPUs only.*runtime.device = cpu",
+        ),
         (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
     ],
 )
