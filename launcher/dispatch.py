@@ -56,11 +56,14 @@ class Dispatch:
         self.refused = self.resumed = self.lost = 0
         self.idle = asyncio.Event()
         self.idle.set()
+        self.draining = False
         self.closed: str | None = None
 
-    def accept(self, request: Request) -> Entry:
-        """Enter a request into the ledger; `stream` it then. Raises QueueFull, EngineError, ValueError."""
+    def _accept(self, request: Request) -> Entry:
+        """Enter a request into the ledger. Raises QueueFull, EngineError, ValueError."""
         self.check()
+        if self.draining:
+            raise EngineError("the engine is draining and takes no new requests")
         ready = [slot for slot in self._slots.values() if slot.ready]
         full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
         if full or len(self.line) >= self.limits.max_waiting:
@@ -90,8 +93,11 @@ class Dispatch:
             reason = failed[0].reason if failed else "all were taken away"
             raise EngineError(f"no replica can serve any more; the first cause: {reason}")
 
-    async def stream(self, entry: Entry) -> AsyncGenerator[OutputDelta]:
-        """The deltas of an accepted request to its end."""
+    async def stream(self, request: Request) -> AsyncGenerator[OutputDelta]:
+        """Accept a request, on the first iteration, and give its deltas to its end. Raises QueueFull, EngineError,
+        ValueError then; later there are only deltas.
+        """
+        entry = self._accept(request)
         try:
             while True:
                 try:
