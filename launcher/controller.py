@@ -73,9 +73,9 @@ class Controller(EngineClient):
         if slot.ready and slot.handle is not None:
             slot.handle.watch_cache(partial(self._cache_changed, slot.number))
         if slot.may_serve:
-            self._dispatch.line.wake()
+            self._dispatch.wake()
         else:
-            self._dispatch.line.wake_all()
+            self._dispatch.wake_all()
 
     def _cache_changed(self, number: int, changes: CacheChanges) -> None:
         stored, removed = split_keys(changes.stored), split_keys(changes.removed)
@@ -182,7 +182,7 @@ class Controller(EngineClient):
             replicas=list(await asyncio.gather(*(slot.status() for slot in slots))),
             draining=dispatch.draining,
             live_requests=len(dispatch.ledger),
-            waiting=len(dispatch.line),
+            waiting=dispatch.num_waiting,
             accepted=dispatch.ledger.num_accepted,
             refused=dispatch.refused,
             resumed=dispatch.resumed,
@@ -206,7 +206,7 @@ class Controller(EngineClient):
         if self._dispatch.closed is not None:
             return
         self._dispatch.closed = "the engine was closed"
-        self._dispatch.line.wake_all()
+        self._dispatch.wake_all()
         try:
             await asyncio.gather(*(slot.stop() for slot in self._slots.values()))
         finally:
