@@ -1,4 +1,4 @@
-"""The command line: `shoal generate|chat|explain|doctor|bench`. Parses, loads the configuration, runs one command.
+"""The command line: `shoal COMMAND ...`. Parses, loads the configuration, runs one command.
 
 Exit status: 0 done, 1 failed, 2 usage or configuration, 130 interrupted (Ctrl-C), 143 ended by SIGTERM. Nothing heavy
 is imported before a command is chosen and its settings are known to be right.
@@ -119,7 +119,7 @@ def _parse(command: Command, arguments: list[str]) -> tuple[argparse.Namespace, 
     if extras:
         raise UsageError(unknown_arguments(extras, parser.flags()), f"`shoal {command.name} --help` lists the flags.")
     overrides = overrides_from(args)
-    resolved = load_config(args.config, overrides)
+    resolved = load_config(args.config if command.takes_settings else None, overrides)
     if command.default_model is not None and resolved.config.model.path is None:
         resolved = load_config(args.config, {**overrides, "model.path": command.default_model})
         if _shows_usage():
@@ -177,7 +177,8 @@ def _command_parser(command: Command) -> Parser:
     command.add_arguments(parser)
     if command.needs_model:
         add_model(parser)
-    add_settings(parser, command.sections, command.sampling, command.defaults)
+    if command.takes_settings:
+        add_settings(parser, command.sections, command.sampling, command.defaults)
     return parser
 
 

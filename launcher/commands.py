@@ -41,8 +41,8 @@ class Command:
 
     starts_engine: under torchrun, the processes other than world rank 0 become ranks instead of running it.
     defaults: what help says instead of a setting's declared default, by key, where the command has one of its own.
-    add_arguments: adds its own arguments. needs_model: it takes MODEL, and ends with a usage error without one, unless
-    default_model says what is meant then.
+    add_arguments: adds its own arguments. takes_settings: False for one without --config, --set and flags of settings.
+    needs_model: it takes MODEL, and ends with a usage error without one, unless default_model says what is meant then.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Command:
     sections: tuple[str, ...] = ALL_SECTIONS
     sampling: tuple[str, ...] = ()
     defaults: Mapping[str, str] = field(default_factory=dict)
+    takes_settings: bool = True
     needs_model: bool = True
     default_model: str | None = None
     starts_engine: bool = True
@@ -113,6 +114,51 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="Write every number to a file.")
     parser.add_argument("--plot", metavar="FILE", help="Draw the distributions of TTFT and ITL (needs matplotlib).")
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", required=True, metavar="NAME", help="What the other commands call it.")
+
+
+def _add_named(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="Of `shoal up --name`.")
+    parser.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="The cluster. (default: auto)")
+    parser.add_argument(
+        "--ray-auth", choices=("auto", "token", "off"), default="auto", help="As launcher.ray_auth. (default: auto)"
+    )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_named(parser)
+    parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    _add_named(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="Go on until interrupted.")
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    _add_named(parser)
+    parser.add_argument("--replicas", type=_count, required=True, metavar="N", help="How many there shall be.")
+
+
+def _add_down(parser: argparse.ArgumentParser) -> None:
+    _add_named(parser)
+    parser.add_argument(
+        "--drain", type=_seconds, default=30.0, metavar="S", help="Seconds what runs gets to finish. (default: 30)"
+    )
+
+
+def _seconds(text: str) -> float:
+    """An argument's number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds from 0 to 1000000, not {text}")
+    return value
 
 
 def _count(text: str) -> int:
@@ -204,6 +250,57 @@ _BENCH = Command(
     ),
 )
 
-COMMANDS: Mapping[str, Command] = {
-    command.name: command for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH)
-}
+_UP = Command(
+    name="up",
+    add_arguments=_add_up,
+    summary="start a model on a Ray cluster and leave it there",
+    usage="up MODEL --name NAME [flags]",
+    description="Returns when the model takes requests; `shoal generate MODEL --attach NAME` sends some.",
+    examples=(
+        ("shoal up demo --config ray_tp2_dp2 --name prod", "on the cluster of RAY_ADDRESS or of this machine"),
+        ("shoal up ./llama -tp 4 --name llama --ray-address 10.0.0.1:6379", "on another"),
+    ),
+    starts_engine=False,
+)
+
+
+def _named(name: str, summary: str, description: str, example: str, add: Callable[..., None]) -> Command:
+    """A command about a detached model."""
+    return Command(
+        name=name,
+        add_arguments=add,
+        summary=summary,
+        usage=f"{name} NAME [flags]",
+        description=description,
+        examples=((example, "the model that was started with --name prod"),),
+        takes_settings=False,
+        needs_model=False,
+        starts_engine=False,
+    )
+
+
+_STATUS = _named(
+    "status",
+    "replicas, ranks, hosts, devices, health and load of a model that is up",
+    "Shows every replica with its ranks, hosts, devices, layers, health, queue, KV use, restarts and tokens/s.",
+    "shoal status prod",
+    _add_status,
+)
+_LOGS = _named("logs", "what a model that is up has logged", "Prints the last lines.", "shoal logs prod", _add_logs)
+_SCALE = _named(
+    "scale",
+    "have more or fewer replicas of a model that is up",
+    "New replicas come up; those that go finish what they run, within launcher.drain_timeout_s, or hand it over.",
+    "shoal scale prod --replicas 3",
+    _add_scale,
+)
+_DOWN = _named(
+    "down",
+    "end a model that is up",
+    "Takes no new requests, lets what runs finish, ends everything.",
+    "shoal down prod",
+    _add_down,
+)
+
+_ALL = (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _UP, _STATUS, _LOGS, _SCALE, _DOWN)
+COMMANDS: Mapping[str, Command] = {command.name: command for command in _ALL}

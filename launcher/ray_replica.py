@@ -28,16 +28,20 @@ class RayReplica(EngineReplica):
         bootstrap: EngineBootstrap,
         *,
         where: str = "",
+        adopted: bool = False,
     ) -> None:
-        """others: the ranks of the other crews, without the engine's address."""
+        """others: the ranks of the other crews, without the engine's address. adopted: the engine runs already
+        and connects to the listener.
+        """
         super().__init__(listener, bootstrap, where=where, on_listening=self._order_ranks)
-        self._engine_crew, self._others = engine_crew, dict(others)
+        self._engine_crew, self._others, self._adopted = engine_crew, dict(others), adopted
         self._orders: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[str] | None = None
 
     async def start(self) -> None:
         """Have the engine forked."""
-        await self._engine_crew.call("start_engine", msgspec.msgpack.encode(self.bootstrap))
+        if not self._adopted:
+            await self._engine_crew.call("start_engine", msgspec.msgpack.encode(self.bootstrap))
         self._watch = asyncio.create_task(self._engine_end())
 
     def _order_ranks(self, address: str) -> None:
