@@ -195,11 +195,30 @@ def _listed(values: list[float] | list[int]) -> str:
 
 _LAYOUT_KEYS = ("launcher.kind", "parallel.tensor", "parallel.pipeline", "parallel.data")
 _Check = Callable[[ShoalConfig, set[str]], Iterator[Problem]]
+
+
+def _routing(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    launcher = config.launcher
+    if "launcher.load_factor" in given and launcher.routing != "prefix":
+        yield Problem(
+            key="launcher.load_factor",
+            value=str(launcher.load_factor),
+            message=f"would not be used with launcher.routing = {launcher.routing}; leave one of them out",
+        )
+    if "launcher.routing" in given and launcher.routing == "prefix" and not config.cache.enable_prefix_caching:
+        yield Problem(
+            key="launcher.routing",
+            value=launcher.routing,
+            message="needs cache.enable_prefix_caching = true; take least_loaded",
+        )
+
+
 _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_model, ("model.checksums", "model.load_format", "model.tokenizer", "model.revision", "model.path")),
     (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
+    (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
     (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
     (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )

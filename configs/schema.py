@@ -211,6 +211,22 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
     ] = 60.0
+    routing: Annotated[
+        Literal["prefix", "least_loaded", "round_robin"],
+        Meta(
+            description="Which replica a request goes to: where most of its prompt is cached, the fewest outstanding "
+            "tokens, or one after the other."
+        ),
+    ] = "prefix"
+    load_factor: Annotated[
+        float,
+        Meta(
+            ge=1.0,
+            le=1e6,
+            description="With routing = prefix: most outstanding tokens a replica may have beside those of the least "
+            "loaded, as a multiple, to be chosen for what it has cached.",
+        ),
+    ] = 2.0
     drain_timeout_s: Annotated[
         Seconds,
         Meta(description="Seconds what runs gets to finish when a replica is taken away or a command is told to end."),

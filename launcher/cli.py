@@ -18,7 +18,8 @@ from shoal.configs.problems import ConfigError, suggest
 from shoal.configs.resolved import ResolvedConfig
 from shoal.configs.version import VERSION
 from shoal.launcher.arguments import Parser, UsageError, add_model, add_settings, overrides_from, unknown_arguments
-from shoal.launcher.commands import COMMANDS, Command
+from shoal.launcher.command import Command
+from shoal.launcher.commands import COMMANDS
 from shoal.launcher.failure import describe, show_failure, show_traceback
 from shoal.launcher.kinds import is_follower
 

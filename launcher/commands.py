@@ -7,10 +7,10 @@ settings are known to be right:
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-ALL_SECTIONS = ("parallel", "model", "cache", "scheduler", "runtime", "launcher")
+from shoal.launcher.cluster_commands import CLUSTER_COMMANDS
+from shoal.launcher.command import Command, count
 
 _CHAT_SAMPLING = (
     "max_tokens",
@@ -35,36 +35,6 @@ _CHAT_SAMPLING = (
 _GENERATE_SAMPLING = (*_CHAT_SAMPLING, "n", "logprobs", "prompt_logprobs", "detokenize")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One subcommand. usage: without the program's name. sections, sampling: the settings that are flags of it.
-
-    starts_engine: under torchrun, the processes other than world rank 0 become ranks instead of running it.
-    defaults: what help says instead of a setting's declared default, by key, where the command has one of its own.
-    add_arguments: adds its own arguments. takes_settings: False for one without --config, --set and flags of settings.
-    needs_model: it takes MODEL, and ends with a usage error without one, unless default_model says what is meant then.
-    """
-
-    name: str
-    summary: str
-    usage: str
-    description: str
-    examples: tuple[tuple[str, str], ...]
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    sections: tuple[str, ...] = ALL_SECTIONS
-    sampling: tuple[str, ...] = ()
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    takes_settings: bool = True
-    needs_model: bool = True
-    default_model: str | None = None
-    starts_engine: bool = True
-
-    @property
-    def module(self) -> str:
-        """The module that holds `run`."""
-        return f"shoal.launcher.cmd_{self.name}"
-
-
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
     parser.add_argument(
@@ -87,6 +57,23 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_chaos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=_amount, default=2.0, metavar="X", help="How long faults go on. (default: 2)")
+    parser.add_argument("--count", type=count, metavar="N", help="End after this many faults instead.")
+    parser.add_argument("--pause", type=_amount, default=3.0, metavar="S", help="Mean seconds between. (default: 3)")
+    parser.add_argument("--streams", type=count, default=16, metavar="N", help="Requests at a time. (default: 16)")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="Send at least so many. (default: 0)")
+    parser.add_argument("--pool", type=count, default=64, metavar="N", help="Different requests. (default: 64)")
+    parser.add_argument("--max-output", type=count, default=96, metavar="N", help="Longest output. (default: 96)")
+    parser.add_argument(
+        "--faults",
+        default="kill-rank,kill-engine,stop-rank,stop-engine",
+        metavar="KIND,...",
+        help="Of kill-rank, kill-engine, stop-rank, stop-engine. (default: all)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="Write the report to a file.")
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="A system message to begin the conversation with.")
 
@@ -97,15 +84,15 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=_count, default=2, metavar="N", help="Local processes to try. (default: 2)")
+    parser.add_argument("--ranks", type=count, default=2, metavar="N", help="Local processes to try. (default: 2)")
     parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=("latency", "throughput"), help="One request at a time, or all at once.")
-    parser.add_argument("--input-len", type=_count, default=128, metavar="N", help="Prompt tokens. (default: 128)")
-    parser.add_argument("--output-len", type=_count, default=64, metavar="N", help="Output tokens. (default: 64)")
-    parser.add_argument("--num-prompts", type=_count, default=16, metavar="N", help="Requests. (default: 16)")
+    parser.add_argument("--input-len", type=count, default=128, metavar="N", help="Prompt tokens. (default: 128)")
+    parser.add_argument("--output-len", type=count, default=64, metavar="N", help="Output tokens. (default: 64)")
+    parser.add_argument("--num-prompts", type=count, default=16, metavar="N", help="Requests. (default: 16)")
     parser.add_argument(
         "--dataset",
         choices=("fixed", "sharegpt-like"),
@@ -116,56 +103,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="Draw the distributions of TTFT and ITL (needs matplotlib).")
 
 
-def _add_up(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", required=True, metavar="NAME", help="What the other commands call it.")
-
-
-def _add_named(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="Of `shoal up --name`.")
-    parser.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="The cluster. (default: auto)")
-    parser.add_argument(
-        "--ray-auth", choices=("auto", "token", "off"), default="auto", help="As launcher.ray_auth. (default: auto)"
-    )
-
-
-def _add_status(parser: argparse.ArgumentParser) -> None:
-    _add_named(parser)
-    parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
-
-
-def _add_logs(parser: argparse.ArgumentParser) -> None:
-    _add_named(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="Go on until interrupted.")
-
-
-def _add_scale(parser: argparse.ArgumentParser) -> None:
-    _add_named(parser)
-    parser.add_argument("--replicas", type=_count, required=True, metavar="N", help="How many there shall be.")
-
-
-def _add_down(parser: argparse.ArgumentParser) -> None:
-    _add_named(parser)
-    parser.add_argument(
-        "--drain", type=_seconds, default=30.0, metavar="S", help="Seconds what runs gets to finish. (default: 30)"
-    )
-
-
-def _seconds(text: str) -> float:
-    """An argument's number of seconds."""
+def _amount(text: str) -> float:
+    """An argument's positive number."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds from 0 to 1000000, not {text}")
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
-
-
-def _count(text: str) -> int:
-    """An argument's positive integer."""
-    if not text.isdecimal() or not 1 <= int(text) <= 2**31 - 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text}")
-    return int(text)
 
 
 _GENERATE = Command(
@@ -250,57 +196,22 @@ _BENCH = Command(
     ),
 )
 
-_UP = Command(
-    name="up",
-    add_arguments=_add_up,
-    summary="start a model on a Ray cluster and leave it there",
-    usage="up MODEL --name NAME [flags]",
-    description="Returns when the model takes requests; `shoal generate MODEL --attach NAME` sends some.",
+_CHAOS = Command(
+    name="chaos",
+    add_arguments=_add_chaos,
+    summary="a fault drill: kill and stop processes under load, compare every stream",
+    usage="chaos MODEL [--config PATH|NAME] [--seed N] [--minutes X] [flags]",
+    description="Kills and stops ranks and engines while streams decode; the schedule follows from --seed.\n"
+    "Reports what was lost (nothing may be), what diverged (nothing may with --deterministic), and how soon\nit was "
+    "mended.",
     examples=(
-        ("shoal up demo --config ray_tp2_dp2 --name prod", "on the cluster of RAY_ADDRESS or of this machine"),
-        ("shoal up ./llama -tp 4 --name llama --ray-address 10.0.0.1:6379", "on another"),
+        ("shoal chaos demo --config tp2_dp2 --seed 7 --minutes 2 --deterministic", "two replicas of two ranks"),
+        ("shoal chaos demo -pp 2 --count 20 --faults kill-rank --json report.json", "twenty kills"),
     ),
-    starts_engine=False,
+    default_model="demo",
 )
 
-
-def _named(name: str, summary: str, description: str, example: str, add: Callable[..., None]) -> Command:
-    """A command about a detached model."""
-    return Command(
-        name=name,
-        add_arguments=add,
-        summary=summary,
-        usage=f"{name} NAME [flags]",
-        description=description,
-        examples=((example, "the model that was started with --name prod"),),
-        takes_settings=False,
-        needs_model=False,
-        starts_engine=False,
-    )
-
-
-_STATUS = _named(
-    "status",
-    "replicas, ranks, hosts, devices, health and load of a model that is up",
-    "Shows every replica with its ranks, hosts, devices, layers, health, queue, KV use, restarts and tokens/s.",
-    "shoal status prod",
-    _add_status,
-)
-_LOGS = _named("logs", "what a model that is up has logged", "Prints the last lines.", "shoal logs prod", _add_logs)
-_SCALE = _named(
-    "scale",
-    "have more or fewer replicas of a model that is up",
-    "New replicas come up; those that go finish what they run, within launcher.drain_timeout_s, or hand it over.",
-    "shoal scale prod --replicas 3",
-    _add_scale,
-)
-_DOWN = _named(
-    "down",
-    "end a model that is up",
-    "Takes no new requests, lets what runs finish, ends everything.",
-    "shoal down prod",
-    _add_down,
-)
-
-_ALL = (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _UP, _STATUS, _LOGS, _SCALE, _DOWN)
-COMMANDS: Mapping[str, Command] = {command.name: command for command in _ALL}
+COMMANDS: Mapping[str, Command] = {
+    command.name: command
+    for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _CHAOS, *CLUSTER_COMMANDS)
+}

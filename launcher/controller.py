@@ -13,13 +13,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges, split_keys
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
-from shoal.launcher.controller_status import ControllerStatus
+from shoal.launcher.controller_status import ControllerStatus, ReplicaState
 from shoal.launcher.dispatch import Dispatch, Limits
+from shoal.launcher.journal import Journal
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
 from shoal.launcher.replica_slot import ReplicaSlot, RestartPolicy
@@ -48,14 +51,16 @@ class Controller(EngineClient):
         options: ControllerOptions,
         routing: Routing | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """factory: makes a handle for each life of each replica. routing: LeastLoaded when None. on_close: called once,
-        after all replicas were stopped.
+        after all replicas were stopped. journal: for a controller whose successor is to go on with its requests; the
+        caller closes it.
         """
         self._factory, self.options, self._on_close = factory, options, on_close
         self._routing = routing or LeastLoaded()
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
-        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed)
+        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
         self._scaling = asyncio.Lock()
         self._draining = False
         self._started = time.monotonic()
@@ -67,10 +72,16 @@ class Controller(EngineClient):
     def _slot_changed(self, slot: ReplicaSlot) -> None:
         if not slot.serves:
             self._routing.forget(slot.number)
+        if slot.ready and slot.handle is not None:
+            slot.handle.watch_cache(partial(self._cache_changed, slot.number))
         if slot.may_serve:
             self._dispatch.line.wake()
         else:
             self._dispatch.line.wake_all()
+
+    def _cache_changed(self, number: int, changes: CacheChanges) -> None:
+        stored, removed = split_keys(changes.stored), split_keys(changes.removed)
+        self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
     async def start(self, on_progress: Progress | None = None) -> list[Ready]:
         """Bring all replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after
@@ -135,6 +146,18 @@ class Controller(EngineClient):
     def progress(self) -> list[tuple[str, int, int]]:
         """Of every request a replica works on: its id, the replica's number, the tokens it has emitted."""
         return [(e.request_id, e.slot.number, len(e.emitted)) for e in self._dispatch.ledger if e.slot is not None]
+
+    def state_of(self, number: int) -> tuple[ReplicaState, int]:
+        """A replica's state, and which life it is in. Raises KeyError for one there is not."""
+        slot = self._slots[number]
+        return slot.state, slot.life
+
+    async def signal(self, number: int, rank: int | None, which: int) -> None:
+        """Send a signal to a process of a replica (rank None: its engine's), for fault drills. Raises EngineError."""
+        handle = self._slots[number].handle
+        if handle is None:
+            raise EngineError(f"replica {number} is {self._slots[number].state}")
+        await handle.signal(rank, which)
 
     async def move_away(self, request_ids: list[str]) -> int:
         """Have requests go on at another replica than where they are, if there is one; returns how many do."""

@@ -13,6 +13,7 @@ import msgspec
 
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import OutputDelta, Request
+from shoal.launcher.journal import Journal
 from shoal.launcher.rate import Rate
 from shoal.launcher.replica import ReplicaHandle
 from shoal.launcher.replica_slot import ReplicaSlot
@@ -38,13 +39,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 class Dispatch:
     """The requests of a controller. slots: its replicas by number, as they are. seed: of the seeds drawn for requests
-    without one.
+    without one. journal: keeps what is accepted and emitted, before it is acknowledged and delivered.
     """
 
     def __init__(
-        self, slots: Mapping[int, ReplicaSlot], routing: Routing, limits: Limits, seed: int | None = None
+        self,
+        slots: Mapping[int, ReplicaSlot],
+        routing: Routing,
+        limits: Limits,
+        seed: int | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._slots, self.routing, self.limits = slots, routing, limits
+        self._slots, self.routing, self.limits, self.journal = slots, routing, limits, journal
         self.ledger, self.line = RequestLedger(seed), WaitingLine()
         self.finished, self.tokens = Rate(), Rate()
         self.refused = self.resumed = self.lost = 0
@@ -65,6 +71,12 @@ class Dispatch:
                 self._retry_after_s(),
             )
         entry = self.ledger.add(request)
+        if self.journal is not None:
+            try:
+                self.journal.accepted(entry.request)
+            except BaseException:
+                self.ledger.remove(entry)
+                raise
         self.idle.clear()
         return entry
 
@@ -101,6 +113,8 @@ class Dispatch:
                             return
         finally:
             self.ledger.remove(entry)
+            if self.journal is not None:
+                self.journal.ended(entry.request_id)
             self.line.leave(entry)
             self.finished.add(1)
             if not len(self.ledger):
@@ -134,6 +148,7 @@ class Dispatch:
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
             entry.firm = True
             await self.line.wait(entry, entry.seconds_left)
+            entry.refused_by.clear()
 
     async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
         """The request's deltas from one replica, counted as its work while it lasts. Ends without a last delta when the
@@ -154,7 +169,10 @@ class Dispatch:
                         return
                     else:
                         self._count(slot, entry, delta)
-                        yield entry.take(delta)
+                        delta = entry.take(delta)
+                        if self.journal is not None:
+                            self.journal.emitted(entry.request_id, delta.start, delta.token_ids, delta.logprobs)
+                        yield delta
         except QueueFull as error:
             await self._refused_by(slot, entry, error)
         except ValueError as error:  # a rebuilt replica may have less memory than the first had

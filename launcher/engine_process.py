@@ -7,6 +7,7 @@ or when the front end is gone: at once, or when no other has taken over within t
 
 import logging
 import os
+import platform
 import signal
 import time
 import traceback
@@ -25,6 +26,7 @@ from shoal.launcher.replica_messages import (
     Beat,
     Listening,
     LogText,
+    ProcessPlace,
     RankHealth,
     Ready,
     Refused,
@@ -113,16 +115,21 @@ def _bring_up_and_serve(bootstrap: EngineBootstrap, zygote: ZygoteConnection, fr
     listener = Listener.unix() if bootstrap.listen_host is None else Listener.tcp(bootstrap.listen_host)
     front.channel.send(Listening(address=listener.address), TELL_TIMEOUT_S)
     try:
-        executor, report = RankGroup(bootstrap, zygote, listener, _News(front.channel)).executor()
+        group = RankGroup(bootstrap, zygote, listener, _News(front.channel))
+        executor, report = group.executor()
     finally:
         listener.close()
     try:
         core = vital.core = EngineCore(config, executor)
         vital.watch = executor.watch
+        if config.launcher.routing == "prefix" and config.cache.enable_prefix_caching:
+            core.tell_cache()
+        engine = ProcessPlace(platform.node(), os.getpid())
+        ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
         while True:
             server = EngineServer(core, front.channel, executor)
             try:
-                front.channel.send(Ready(capacity=executor.capacity, report=report), TELL_TIMEOUT_S)
+                front.channel.send(ready, TELL_TIMEOUT_S)
                 return server.run()
             except (FrontGone, ControlError):
                 if bootstrap.grace_s <= 0:

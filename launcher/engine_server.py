@@ -52,7 +52,9 @@ class EngineServer:
             for message in self._front.poll():
                 self._handle(message)
             if core.has_work:
-                self._deliver(core.step())
+                deltas = core.step()
+                self._tell_cache()
+                self._deliver(deltas)
             self._answer_drain()
         if core.failure is None:
             return 0
@@ -108,6 +110,12 @@ class EngineServer:
         if deltas:
             self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
             self._front.send(Outputs(deltas=deltas), SEND_TIMEOUT_S)
+
+    def _tell_cache(self) -> None:
+        """Before the tokens of prompts: whoever sees the first token knows what of the prompt is cached."""
+        changes = self._core.cache_changes()
+        if changes is not None:
+            self._front.send(changes, SEND_TIMEOUT_S)
 
     def _answer_drain(self) -> None:
         """Say when nothing runs any more, or the drain's time is over. Nothing new is taken afterwards either."""

@@ -3,6 +3,7 @@
 Tokens are hashes of the context (`shoal.engine.fake_model`), so a stream that was continued wrongly shows it.
 """
 
+import signal
 from collections.abc import Callable
 
 from shoal.configs.schema import ShoalConfig
@@ -52,6 +53,10 @@ class FakeReplica(ReplicaHandle):
     def kill(self, cause: str = "killed by SIGKILL") -> None:
         """The next step, or the next look at the ranks, fails."""
         self.executor.fault = Fault(step=0, cause=cause)
+
+    async def signal(self, rank: int | None, number: int) -> None:
+        """Any signal kills."""
+        self.kill(f"killed by {signal.Signals(number).name}")
 
     async def stop(self) -> None:
         """End the engine's thread."""

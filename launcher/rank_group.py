@@ -29,7 +29,7 @@ from shoal.launcher.capacity import make_capacity
 from shoal.launcher.processes import STACK_SIGNAL, ZygoteConnection, describe_exit
 from shoal.launcher.rank_arrivals import RankArrivals, check_alike
 from shoal.launcher.rendezvous import Rendezvous, make_rendezvous
-from shoal.launcher.replica_messages import Starting
+from shoal.launcher.replica_messages import ProcessPlace, Starting
 from shoal.launcher.zygote_messages import Exited
 from shoal.model.ledger import MemoryReport, plan_cache
 from shoal.model.ledger_table import format_ledger
@@ -86,7 +86,10 @@ class LocalRanks(Supervisor):
 
 
 class RankGroup:
-    """The ranks of one replica while they are brought up. `executor` does it all; each wait ends at start_timeout_s."""
+    """The ranks of one replica while they are brought up. `executor` does it all; each wait ends at start_timeout_s.
+
+    places: where the ranks' processes run, by rank, once they have come.
+    """
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class RankGroup:
         self._deadline = time.monotonic() + self._config.launcher.start_timeout_s
         self._channels: list[Channel[FromRank]] = []
         self._hosts: list[str] = []
+        self.places: list[ProcessPlace] = []
         self._links: RankLinks | None = None
         self._rendezvous: Rendezvous | None = None
 
@@ -180,6 +184,7 @@ class RankGroup:
         hellos = [hello for _, hello in arrivals]
         check_alike(hellos, self._bootstrap.config_fingerprint)
         self._hosts = [hello.host for hello in hellos]
+        self.places = [ProcessPlace(hello.host, hello.pid) for hello in hellos]
         return self._channels
 
     def _profiled(self, links: RankLinks) -> list[MemoryReport]:

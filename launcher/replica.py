@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import OutputDelta, Request
 from shoal.launcher.replica_messages import RankHealth, Ready, Starting
@@ -17,6 +18,7 @@ class RankPlace(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     host: str
+    pid: int
     device: str
     layers: tuple[int, int]
 
@@ -46,6 +48,10 @@ class ReplicaHandle(ABC):
     async def stop(self) -> None:
         """End all its processes within launcher.stop_timeout_s and a little. Idempotent, at any time after `start`."""
 
+    def watch_cache(self, on_cache: Callable[[CacheChanges], None]) -> None:
+        """Have somebody told what its prefix cache gains and loses, once it was ready. Not every kind tells."""
+        return
+
     def places(self) -> list[RankPlace]:
         """Where its ranks run, as far as it is known."""
         return []
@@ -53,6 +59,12 @@ class ReplicaHandle(ABC):
     def rank_health(self) -> list[RankHealth]:
         """What each rank said last of what it is doing; empty when nothing is known."""
         return []
+
+    async def signal(self, rank: int | None, number: int) -> None:
+        """Send a signal to the process of a rank (None: the engine's), for fault drills. Raises EngineError when it is
+        not there, or not to be reached from here.
+        """
+        raise EngineError("this kind of replica has no processes that a drill could send signals to")
 
     async def health(self) -> None:
         """Raises EngineError with the first cause when it cannot serve."""

@@ -1,13 +1,14 @@
 """What a front end and the engine process of a replica say to each other, besides the engine's own messages. No torch.
 
 front end -> engine: Submit, Abort, Drain, StatsQuery, Shutdown engine -> front end: Listening, Starting, Ready or
-Refused; then Outputs, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
+Refused; then Outputs, CacheChanges, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
 """
 
 from typing import Literal
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.executor import Capacity
 from shoal.engine.messages import (
     Abort,
@@ -37,11 +38,22 @@ class Starting(Message, frozen=True, kw_only=True):
     total: int = 0
 
 
+class ProcessPlace(Record, frozen=True):
+    """Where a process runs."""
+
+    host: str
+    pid: int
+
+
 class Ready(Message, frozen=True, kw_only=True):
-    """The replica takes requests. report: its memory table, as text."""
+    """The replica takes requests. report: its memory table, as text. engine, ranks: their processes, when there are
+    any of their own.
+    """
 
     capacity: Capacity
     report: str
+    engine: ProcessPlace | None = None
+    ranks: list[ProcessPlace] = msgspec.field(default_factory=list)
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -98,7 +110,18 @@ class Shutdown(Message, frozen=True, kw_only=True):
 
 
 FromEngine = (
-    Listening | Starting | Ready | Refused | Outputs | Rejected | Drained | EngineStats | Beat | LogText | Failure
+    Listening
+    | Starting
+    | Ready
+    | Refused
+    | Outputs
+    | CacheChanges
+    | Rejected
+    | Drained
+    | EngineStats
+    | Beat
+    | LogText
+    | Failure
 )
 ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown
 

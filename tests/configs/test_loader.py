@@ -166,6 +166,9 @@ BAD = [
     ({"runtime.collectives": "nccl", "runtime.device": "cpu"}, "runtime.device is cpu"),
     ({"runtime.collectives": "shm", "runtime.native": "off"}, "runtime.native is off"),
     ({"runtime.native": "require", "runtime.device": "cuda"}, "run on CPUs"),
+    ({"launcher.routing": "least_loaded", "launcher.load_factor": 3.0}, "would not be used"),
+    ({"launcher.routing": "prefix", "cache.enable_prefix_caching": False}, "take least_loaded"),
+    ({"launcher.routing": "prefix", "launcher.load_factor": 3.0}, None),
     ({"launcher.kind": "inprocess", "parallel.data": 2}, "layout 1 x 1 x 2 .* has 2"),
     ({"launcher.kind": "torchrun"}, "RANK, LOCAL_RANK, WORLD_SIZE"),
 ]
