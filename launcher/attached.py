@@ -14,7 +14,7 @@ from shoal.engine.client import EngineError
 from shoal.engine.messages import Message
 from shoal.launcher.replica import Progress, ReplicaHandle
 from shoal.launcher.replica_client import ReplicaClient
-from shoal.launcher.replica_messages import FROM_ENGINE, FromEngine, Ready, Starting
+from shoal.launcher.replica_messages import FROM_ENGINE, FromEngine, Ready, Renew, Starting
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import connect
@@ -22,6 +22,7 @@ from shoal.parallel.control_connect import connect
 CONNECT_TIMEOUT_S = 10.0
 READY_TIMEOUT_S = 10.0
 RETRY_S = 0.25
+RENEW_INTERVAL_S = 0.5
 CLOSE_TIMEOUT_S = 2.0
 
 
@@ -55,6 +56,7 @@ class AttachedReplica(ReplicaHandle):
         self._ask, self._silence_s, self._name = ask, silence_s, name
         self._channel: AsyncChannel[FromEngine] | None = None
         self._client: ReplicaClient | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """It runs already."""
@@ -87,7 +89,15 @@ class AttachedReplica(ReplicaHandle):
         self.client = self._client = ReplicaClient(
             self._channel, where=f"{self._name}: ", silence_s=self._silence_s, explain=self._explain, stop=self.stop
         )
+        self._renewing = asyncio.create_task(self._renew(self._channel))
         return ready
+
+    @staticmethod
+    async def _renew(channel: "AsyncChannel[FromEngine]") -> None:
+        """Let the controller know that this front end lives, as long as there is a connection."""
+        while channel.error is None:
+            channel.post(Renew())
+            await asyncio.sleep(RENEW_INTERVAL_S)
 
     @staticmethod
     async def _explain() -> str:
@@ -101,6 +111,9 @@ class AttachedReplica(ReplicaHandle):
 
     async def stop(self) -> None:
         """Leave; the controller goes on."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         if self._client is not None:
             await self._client.shut_down(CLOSE_TIMEOUT_S)
         if self._channel is not None:

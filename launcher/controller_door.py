@@ -1,7 +1,8 @@
 """ControllerDoor: lets front ends in other processes use a controller, over the messages of a replica's engine.
 
-To such a front end the controller is one big replica (`shoal.launcher.attached`). A front end that goes away ends its
-requests at once, so their blocks are free again.
+To such a front end the controller is one big replica (`shoal.launcher.attached`). One that goes away ends its requests
+at once, so their blocks are free again; so does one that is not heard for LEASE_S, stopped or cut off: should it come
+back, it connects again and gives its requests in anew.
 """
 
 import asyncio
@@ -15,14 +16,14 @@ import msgspec
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import Abort, Drain, Drained, EngineStats, OutputDelta, Request, StatsQuery, Submit
 from shoal.launcher.controller import Controller
-from shoal.launcher.replica_messages import TO_ENGINE, Beat, Outputs, Ready, Rejected, Shutdown, ToEngine
+from shoal.launcher.replica_messages import TO_ENGINE, Beat, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import Listener, new_key
 
 ACCEPT_SLICE_S = 0.5
 BEAT_INTERVAL_S = 1.0
-IDLE_TIMEOUT_S = 86_400.0
+LEASE_S = 3.0
 
 logger = logging.getLogger("shoal")
 
@@ -76,7 +77,7 @@ class _Guest:
         try:
             await self._channel.send(ready)
             while True:
-                if not await self._take(await self._channel.receive(IDLE_TIMEOUT_S)):
+                if not await self._take(await self._channel.receive(LEASE_S)):
                     return
         except ControlError as error:
             logger.info("a front end has left: %s", error)
@@ -105,6 +106,8 @@ class _Guest:
                 await self._channel.send(Drained(unfinished=sorted(self._streams)))
             case Shutdown():
                 return False
+            case Renew():
+                pass
         return True
 
     async def _stream(self, request: Request) -> None:

@@ -14,6 +14,7 @@ from shoal.parallel.control_connect import Listener
 
 WATCH_S = 20.0
 EXPLAIN_WAIT_S = 1.5
+LOOK_S = 0.3
 STOP_WAIT_S = 5.0
 
 
@@ -73,6 +74,21 @@ class RayReplica(EngineReplica):
         if self._watch is not None:
             await asyncio.wait([self._watch], timeout=EXPLAIN_WAIT_S)
         return self.how_ended() or ""
+
+    async def failed(self) -> EngineError:
+        """The same; the engine sees only a hangup of a rank elsewhere, and that rank's crew knows more."""
+        error = await super().failed()
+        told = await asyncio.gather(*(self._ended_by_signal(actor) for actor in self._others))
+        known = [text for texts in told for text in texts]
+        return EngineError(f"{self._where}{'; '.join(known)}\n{error}") if known else error
+
+    async def _ended_by_signal(self, actor: Actor) -> list[str]:
+        """Which ranks of a crew something killed, or that the crew itself is gone."""
+        try:
+            ends = ENDS.decode(await actor.call("ends", LOOK_S, timeout_s=EXPLAIN_WAIT_S)).ends
+        except EngineError as error:
+            return [str(error)]
+        return [f"{ended.name} of {actor.name}: {ended.how}" for ended in ends if ended.by_signal]
 
     async def stop(self) -> None:
         """The same, and the crews kill what has not ended then."""

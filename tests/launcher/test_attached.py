@@ -9,6 +9,7 @@ import pytest
 from shoal.configs.schema import ModelConfig, ShoalConfig
 from shoal.engine.fake_executor import StepLatency
 from shoal.engine.messages import EngineStats
+from shoal.launcher import attached, controller_door
 from shoal.launcher.attached import AttachedReplica, Door, NotYet
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.controller_door import ControllerDoor, sum_stats
@@ -116,6 +117,23 @@ def test_front_end_that_leaves_frees_what_it_had() -> None:
             while any(stats.referenced_blocks != [0] for stats in await controller.stats()):
                 assert asyncio.get_running_loop().time() < deadline, "blocks are still held"
                 await asyncio.sleep(0.01)
+
+    run(body())
+
+
+def test_front_end_that_falls_silent_loses_its_blocks_and_goes_on_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attached, "RENEW_INTERVAL_S", 30.0)
+    monkeypatch.setattr(controller_door, "LEASE_S", 0.3)
+
+    async def body() -> None:
+        host = Host()
+        async with host.serving() as controller, host.attached() as client:
+            task = asyncio.create_task(collect(client.submit(request([5, 6], 150))))
+            tokens, last = await task
+            assert last.finish_reason == "length" and tokens == await alone([5, 6], 150)
+            assert (await controller.status()).accepted > 1, "it was cut off in between"
 
     run(body())
 
