@@ -26,7 +26,7 @@ def prompts(tmp_path: Path) -> Path:
 def alone(prompts: Path, output: Path, *flags: str) -> list[list[int]]:
     """Tokens of one process."""
     command = [sys.executable, "-m", "shoal", "generate", "demo", "--prompts", str(prompts), "--output", str(output)]
-    subprocess.run([*command, *(flags or LENGTH)], check=True, capture_output=True, timeout=100)
+    subprocess.run([*command, *(flags or LENGTH)], check=True, capture_output=True, timeout=600)
     return tokens(output)
 
 
