@@ -129,13 +129,29 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
+    uses_ray = launcher.kind == "ray" or launcher.attach is not None
     for name in ("address", "ray_auth"):
-        if launcher.kind != "ray" and f"launcher.{name}" in given:
+        if not uses_ray and f"launcher.{name}" in given:
             yield Problem(
                 key=f"launcher.{name}",
                 value=getattr(launcher, name),
                 message=f"is about Ray clusters, and launcher.kind is {launcher.kind}; use ray, or leave it out",
             )
+    if launcher.attach is not None:
+        if launcher.kind not in ("auto", "ray"):
+            yield Problem(
+                key="launcher.kind",
+                value=launcher.kind,
+                message=f"would not be used: launcher.attach = {launcher.attach} starts nothing; leave one of them out",
+            )
+        for key in sorted(given):
+            if key.startswith(("parallel.", "cache.", "scheduler.")):
+                section, _, name = key.partition(".")
+                value = getattr(getattr(config, section), name)
+                message = (
+                    f"would not be used: {launcher.attach} (launcher.attach) runs already with settings of its own"
+                )
+                yield Problem(key=key, value=str(value), message=message)
     host, _, port = launcher.address.rpartition(":")
     if launcher.address not in ("auto", "local") and not (host and port.isdigit()):
         yield Problem(
@@ -221,6 +237,6 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
     (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
-    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth")),
+    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )
 """Each check with the keys it reads."""

@@ -198,6 +198,10 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "token", "off"],
         Meta(description="Ray's token authentication; auto keeps RAY_AUTH_MODE where it is set, else token."),
     ] = "auto"
+    attach: Annotated[
+        Text | None,
+        Meta(description="Start nothing: send the requests to the detached model of this name (`shoal up --name`)."),
+    ] = None
     start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[
         Seconds,
@@ -210,6 +214,10 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
+    controller_grace_s: Annotated[
+        Seconds,
+        Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
+    ] = 60.0
     routing: Annotated[
         Literal["prefix", "least_loaded", "round_robin"],
         Meta(
