@@ -4,10 +4,14 @@ x: [rows, inner], float32, bfloat16, float16, any row stride; weight: [columns, 
 or quantised: see WEIGHTS. Accumulated in float32 (float32 inputs in IEEE float32, not TF32), rounded once.
 
     "dense"     w as it is
-    "int8"      w = q s[column]: q int8 [columns, inner], s float32 [columns]
-    "e4m3"      w = q s[column // scale_rows, k // scale_columns]: q e4m3; one scale per tensor, channel or block
+    "int8"      w = q s[column // scale_rows, k // scale_columns]: q int8 [columns, inner]; one scale per tensor,
+                channel, group or block
+    "e4m3"      the same with q e4m3
     "int4"      w = (q - z) s[column, k // group]: two q of 0..15 a byte along inner, the even one in the low half:
-                uint8 [columns, inner / 2]; s float32, z uint8 [columns, inner / group]; without z it is 8
+                uint8 [columns, inner / 2]; s, z uint8 [columns, inner / group]; without z it is 8
+
+Scales are float32 or bfloat16. A weight cut within a group (kernels/quantized_format.py) has `lead` inputs more before
+the first and is padded to whole groups: q[k + lead] belongs to x[k].
 
 x may be e4m3 too ("e4m3" weights only), with a scale per tensor, row, or GROUP elements of a row.
 Integers and e4m3 numbers are exact in x's dtype, so only the products are rounded; scales are applied in float32.
@@ -45,8 +49,9 @@ WEIGHTS = {"dense": DENSE, "int8": INT8, "e4m3": E4M3, "int4": INT4}
 
 
 @triton.jit
-def x_tile(x_ptr, rows, k, x_stride, mask, X_FP8: tl.constexpr):
-    """[BLOCK_M, BLOCK_K] of x; e4m3 as float16."""
+def x_tile(x_ptr, rows, k, inner, x_stride, row_mask, X_FP8: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of x, zeros outside; e4m3 as float16."""
+    mask = row_mask & ((k >= 0) & (k < inner))[None, :]
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + k[None, :], mask=mask, other=0)
     if X_FP8:
         x = from_e4m3(x)
@@ -65,6 +70,7 @@ def product(
     num_rows,
     num_columns,
     inner,
+    lead,
     x_stride,
     w_stride,
     scale_stride,
@@ -90,41 +96,40 @@ def product(
         start = step * BLOCK_K
         if WEIGHT == 3:
             pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            k_mask = 2 * pairs < inner
-            packed = tl.load(w_rows + pairs[:, None], mask=k_mask[:, None] & column_mask, other=0)
+            packed = tl.load(w_rows + pairs[:, None], mask=(2 * pairs < lead + inner)[:, None] & column_mask, other=0)
             at = columns[None, :].to(tl.int64) * scale_stride + start // scale_columns
             if HAS_ZERO:
                 zero = tl.load(zero_ptr + at, mask=column_mask, other=0).to(tl.int32)
             else:
                 zero = tl.full((1, BLOCK_N), 8, tl.int32)
-            even = x_tile(x_ptr, rows, 2 * pairs, x_stride, row_mask & k_mask[None, :], False)
-            odd = x_tile(x_ptr, rows, 2 * pairs + 1, x_stride, row_mask & k_mask[None, :], False)
+            even = x_tile(x_ptr, rows, 2 * pairs - lead, inner, x_stride, row_mask, False)
+            odd = x_tile(x_ptr, rows, 2 * pairs + 1 - lead, inner, x_stride, row_mask, False)
             low = ((packed & 15).to(tl.int32) - zero).to(even.dtype)
             high = ((packed >> 4).to(tl.int32) - zero).to(even.dtype)
             part = tl.dot(even, low, input_precision="ieee")
             part = tl.dot(odd, high, part, input_precision="ieee")
-            acc += part * tl.load(scale_ptr + at, mask=column_mask, other=0.0)
+            acc += part * tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
         else:
             k = start + tl.arange(0, BLOCK_K)
-            k_mask = k < inner
-            x = x_tile(x_ptr, rows, k, x_stride, row_mask & k_mask[None, :], X_SCALE > 0)
-            w = tl.load(w_rows + k[:, None], mask=k_mask[:, None] & column_mask, other=0)
-            if WEIGHT == 2:
+            x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
+            w = tl.load(w_rows + k[:, None], mask=(k < lead + inner)[:, None] & column_mask, other=0)
+            if WEIGHT == 0:
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+            else:
+                if WEIGHT == 2:
+                    w = from_e4m3(w)
                 at = (columns[None, :] // scale_rows).to(tl.int64) * scale_stride + start // scale_columns
-                scale = tl.load(scale_ptr + at, mask=column_mask, other=0.0)
+                scale = tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
                 if X_SCALE == 2:
                     x_at = rows[:, None].to(tl.int64) * x_scale_stride + start // GROUP_SIZE
                     scale = scale * tl.load(x_scale_ptr + x_at, mask=row_mask, other=0.0)
-                acc += tl.dot(x, from_e4m3(w).to(x.dtype), input_precision="ieee") * scale
-            else:
-                acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+                acc += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale
     return acc
 
 
 @triton.jit
 def finished(
     acc,
-    scale_ptr,
     x_scale_ptr,
     bias_ptr,
     rows,
@@ -132,14 +137,11 @@ def finished(
     num_rows,
     num_columns,
     x_scale_stride,
-    WEIGHT: tl.constexpr,
     X_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """What follows the whole sum: scales of columns and rows, the bias."""
+    """What follows the whole sum: the rows' scales, the bias."""
     column_mask = (columns < num_columns)[None, :]
-    if WEIGHT == 1:
-        acc *= tl.load(scale_ptr + columns[None, :], mask=column_mask, other=0.0)
     if X_SCALE == 1:
         at = rows[:, None].to(tl.int64) * x_scale_stride
         acc *= tl.load(x_scale_ptr + at, mask=(rows < num_rows)[:, None], other=0.0)
@@ -161,6 +163,7 @@ def linear_kernel(
     num_rows,
     num_columns,
     inner,
+    lead,
     splits,
     steps_per_split,
     x_stride,
@@ -186,14 +189,14 @@ def linear_kernel(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    steps = tl.cdiv(inner, BLOCK_K)
+    steps = tl.cdiv(lead + inner, BLOCK_K)
     if PARTS:
         split = tl.program_id(2)
         first = split * steps_per_split
         acc = product(
             x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
-            num_rows, num_columns, inner, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows, scale_columns,
-            rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
+            num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+            scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
         )  # fmt: skip
         at = (split.to(tl.int64) * num_rows + rows[:, None]) * num_columns + columns[None, :]
         tl.store(parts_ptr + at, acc, mask=mask)
@@ -203,13 +206,12 @@ def linear_kernel(
             first = split * steps_per_split
             acc += product(
                 x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
-                num_rows, num_columns, inner, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+                num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
                 scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
             )  # fmt: skip
         acc = finished(
-            acc, scale_ptr, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, WEIGHT,
-            X_SCALE, HAS_BIAS,
-        )  # fmt: skip
+            acc, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, X_SCALE, HAS_BIAS
+        )
         y_at = y_ptr + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -217,7 +219,6 @@ def linear_kernel(
 @triton.jit
 def add_parts_kernel(
     parts_ptr,
-    scale_ptr,
     x_scale_ptr,
     bias_ptr,
     y_ptr,
@@ -226,12 +227,11 @@ def add_parts_kernel(
     splits,
     y_stride,
     x_scale_stride,
-    WEIGHT: tl.constexpr,
     X_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK columns of one row: the parts in rising order, then scales and bias."""
+    """BLOCK columns of one row: the parts in rising order, then the rows' scales and the bias."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (columns < num_columns)[None, :]
@@ -239,10 +239,7 @@ def add_parts_kernel(
     for split in range(splits):
         at = (tl.cast(split, tl.int64) * num_rows + rows[:, None]) * num_columns + columns[None, :]
         acc += tl.load(parts_ptr + at, mask=mask, other=0.0)
-    acc = finished(
-        acc, scale_ptr, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, WEIGHT, X_SCALE,
-        HAS_BIAS,
-    )  # fmt: skip
+    acc = finished(acc, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, X_SCALE, HAS_BIAS)
     y_at = y_ptr + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -266,24 +263,27 @@ def launch_linear(
     zero: torch.Tensor | None = None,
     scale_block: tuple[int, int] = (1, 1),
     x_scale: torch.Tensor | None = None,
+    lead: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Returns [rows, columns] in out_dtype (default: x's). x, weight, kind: see above.
 
-    scale: float32, two-dimensional for "e4m3" (tensor [1, 1], channel [columns, 1], block) and "int4", [columns] for
-    "int8"; zero: uint8, of scale's shape. scale_block: weights that share one scale, (rows, columns); "int4": (1,
-    group). x_scale: for e4m3 x: [1, 1], [rows, 1] or [rows, ceil(inner / GROUP)].
+    scale: two-dimensional (tensor [1, 1], channel [columns, 1], group, block); zero: uint8, of scale's shape.
+    scale_block: weights that share one scale, (rows, columns); columns of a block are a power of two or all.
+    x_scale: for e4m3 x, float32: [1, 1], [rows, 1] or, with weights in blocks, [rows, ceil(inner / GROUP)].
     """
     num_rows, inner = x.shape
     num_columns = weight.shape[0]
-    assert x.stride(1) == 1 and weight.stride(1) == 1 and weight.shape[1] * (2 if kind == "int4" else 1) == inner
+    assert x.stride(1) == 1 and weight.stride(1) == 1
+    assert weight.shape[1] * (2 if kind == "int4" else 1) >= lead + inner and (lead == 0 or x_scale is None)
     fp8 = x_scale is not None
-    block_k = min(BLOCK_K, scale_block[1]) if kind == "int4" else BLOCK_K
-    assert kind not in ("int4", "e4m3") or scale_block[1] >= inner or scale_block[1] % block_k == 0, scale_block
+    block_k = BLOCK_K if kind == "dense" or scale_block[1] >= lead + inner else min(BLOCK_K, scale_block[1])
+    block_k = 32 if x.dtype == torch.float32 else block_k  # the plain cores' products keep their operands in registers
+    assert kind == "dense" or scale_block[1] >= lead + inner or (block_k >= 32 and scale_block[1] % block_k == 0)
     y = torch.empty((num_rows, num_columns), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    splits, per_split = split_count(num_columns, inner, block_k)
+    splits, per_split = split_count(num_columns, lead + inner, block_k)
     block_m = ROWS_FIXED if deterministic else min(max(triton.next_power_of_2(num_rows), 16), ROWS_FIXED)
     in_parts = splits > 1 and num_rows <= ROWS_FIXED
     parts = torch.empty((splits, num_rows, num_columns) if in_parts else (0,), dtype=torch.float32, device=x.device)
@@ -291,7 +291,7 @@ def launch_linear(
     scales = weight if scale is None else scale
     x_scales = scales if x_scale is None else x_scale
     x_scale_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
-    ends = {"WEIGHT": WEIGHTS[kind], "X_SCALE": x_scale_kind, "HAS_BIAS": bias is not None}
+    ends = {"X_SCALE": x_scale_kind, "HAS_BIAS": bias is not None}
     grid = (triton.cdiv(num_columns, BLOCK_N), triton.cdiv(num_rows, block_m), splits if in_parts else 1)
     linear_kernel[grid](
         as_bytes(x) if fp8 else x,
@@ -305,15 +305,17 @@ def launch_linear(
         num_rows,
         num_columns,
         inner,
+        lead,
         splits,
         per_split,
         x.stride(0),
         weight.stride(0),
         y.stride(0),
-        0 if scale is None or scale.numel() == 1 or scale.dim() == 1 else scale.stride(0),
+        0 if scale is None or scale.numel() == 1 else scale.stride(0),
         x_scale_stride,
         scale_block[0],
         scale_block[1],
+        WEIGHT=WEIGHTS[kind],
         HAS_ZERO=zero is not None,
         PARTS=in_parts,
         BLOCK_M=block_m,
@@ -327,7 +329,7 @@ def launch_linear(
     if in_parts:
         block = 256
         add_parts_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            parts, scales, x_scales, scales if bias is None else bias, y,
+            parts, x_scales, scales if bias is None else bias, y,
             num_rows, num_columns, splits, y.stride(0), x_scale_stride, BLOCK=block, num_warps=2, **ends,
         )  # fmt: skip
     return y

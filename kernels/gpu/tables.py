@@ -13,3 +13,8 @@ SMALL_ROWS: dict[tuple[str, torch.dtype], int] = {
     ("dense", torch.float32): 0,  # IEEE products of Triton run on the plain cores, as cuBLAS's do: nothing to win
 }
 """(kind of weight, dtype of the inputs): rows up to which the Triton linear is used when not deterministic."""
+
+GROUPED_MM_ROWS = 128
+"""Assignments per expert held, on average, from which torch's grouped_mm takes the place of the Triton products."""
+GROUPED_MM_ALIGNMENT = 8
+"""What it wants sizes to be multiples of: 16 bytes."""

@@ -49,8 +49,22 @@ def test_int8_weights_per_channel(rows: int) -> None:
     x, weight = random(rows, 300), weights(70, 300)
     scale = weight.abs().amax(1) / 127
     q = (weight / scale[:, None]).round().to(torch.int8)
-    got = launch_linear(x, q, deterministic=False, kind="int8", scale=scale)
+    got = launch_linear(x, q, deterministic=False, kind="int8", scale=scale[:, None], scale_block=(1, 300))
     close(got, x @ (q.float() * scale[:, None]).t(), times=4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_weight_cut_within_a_group(kind: str) -> None:
+    """As kernels/quantized_format.py stores it: 5 inputs of the first group belong to the rank before."""
+    lead, inner, columns = 5, 70, 33
+    q, scale = torch.randint(0, 16, (columns, 96), device=DEVICE), torch.rand(columns, 3, device=DEVICE) / 50
+    stored = q.to(torch.int8) if kind == "int8" else (q[:, ::2] | (q[:, 1::2] << 4)).to(torch.uint8)
+    values = (q - (0 if kind == "int8" else 8)) * scale.bfloat16().float().repeat_interleave(32, 1)
+    x = random(3, inner)
+    got = launch_linear(
+        x, stored, deterministic=True, kind=kind, scale=scale.bfloat16(), scale_block=(1, 32), lead=lead
+    )
+    close(got, x @ values[:, lead : lead + inner].t(), times=4)
 
 
 @pytest.mark.parametrize("rows", [1, 66])
