@@ -41,7 +41,9 @@ class AttentionMixer:
         self.out = RowLinear(params["o.weight"], params.get("o.bias"), group, deterministic=deterministic)
         self.out_bias = self.out.bias
         device = params["qkv.weight"].device
-        self.q_to_kv = torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
+        self.group_size = max(heads.q_to_kv.count(kv) for kv in range(heads.num_kv_heads))
+        uniform = list(heads.q_to_kv) == [head // self.group_size for head in range(heads.num_heads)]
+        self.q_to_kv = None if uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
         self.sinks = params["sinks"].float() if spec.sinks else None
         self.head_norm = make_head_norm(spec, params)
         self.across_heads = make_across_heads_norm(spec, shard, params, group, deterministic=deterministic)
@@ -74,6 +76,10 @@ class AttentionMixer:
             softcap=self.spec.softcap,
             sinks=self.sinks,
             q_to_kv=self.q_to_kv,
+            group_size=self.group_size,
+            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_k=batch.max_seqlen_k,
+            shared_keys=tables.shared_keys,
             deterministic=self.deterministic,
         )
         return self.out.partial(attended_TQD.view(num_tokens, self.num_heads * dim))
