@@ -6,7 +6,7 @@ positions, and keys and values into the paged cache.
 
 heads: [num_tokens, num_heads + 2 num_kv_heads, head_dim], queries, keys, values, any strides but adjacent elements;
 float32, bfloat16, float16. Everything between reading and writing is float32, rounded once. Caches of heads' dtype, or
-FP8 (e4m3) holding k / k_scale and v / v_scale. Keys in `heads` are left as they are.
+FP8 (e4m3) holding k / k_scale and v / v_scale, a scale per head. Keys in `heads` are left as they are.
 
 Must move: every element of heads read once, and written once (queries back, keys and values to the cache); cosines,
 sines and norm weights come from the caches of the chip. FLOPs: under 10 per element. One program takes HEADS heads of a
@@ -79,6 +79,8 @@ def rope_kv_write_kernel(
     k_weight_ptr,
     q_bias_ptr,
     k_bias_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     num_q,
     num_kv,
     size,
@@ -87,8 +89,6 @@ def rope_kv_write_kernel(
     head_stride,
     eps,
     unit_offset,
-    inverse_k_scale,
-    inverse_v_scale,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     FP8: tl.constexpr,
@@ -109,8 +109,10 @@ def rope_kv_write_kernel(
     cache_offset = tl.load(slots_ptr + token) * num_kv * size
     k_ptr = k_cache_ptr + cache_offset
     v_ptr = v_cache_ptr + cache_offset
-    scale = tl.where(is_v, inverse_v_scale, inverse_k_scale)
-    scale = tl.where(is_q, 1.0, scale)[:, None]
+    if FP8:
+        held = (heads >= num_q) & (heads < num_q + 2 * num_kv)
+        k_scale = tl.load(k_scale_ptr + kv_heads, mask=held & ~is_v, other=1.0)
+        scale = k_scale * tl.load(v_scale_ptr + kv_heads, mask=held & is_v, other=1.0)
 
     total = tl.zeros((HEADS,), tl.float32)
     if BLOCK_HALF > 0:
@@ -155,8 +157,11 @@ def rope_kv_write_kernel(
         angles = cos_sin_ptr + token * 2 * half + pairs
         cos = tl.where(is_v[:, None], 1.0, tl.load(angles, mask=pairs < half, other=0.0)[None, :])
         sin = tl.where(is_v[:, None], 0.0, tl.load(angles + half, mask=pairs < half, other=0.0)[None, :])
-        low = (first * cos - second * sin) * scale
-        high = (second * cos + first * sin) * scale
+        low = first * cos - second * sin
+        high = second * cos + first * sin
+        if FP8:
+            low = low / scale[:, None]
+            high = high / scale[:, None]
         store_part(
             low, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 0, pairs, half_mask, is_q, is_v, FP8
         )
@@ -164,8 +169,10 @@ def rope_kv_write_kernel(
             high, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, half, pairs, half_mask, is_q, is_v, FP8
         )
     if BLOCK_REST > 0:
+        if FP8:
+            rest = rest / scale[:, None]
         store_part(
-            rest * scale, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 2 * half, others, rest_mask,
+            rest, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 2 * half, others, rest_mask,
             is_q, is_v, FP8,
         )  # fmt: skip
 
@@ -179,11 +186,11 @@ def launch_rope_kv_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """In place; see above. cos_sin: [num_tokens, rotary_dim] float32, contiguous, or None; caches: [num_blocks,
-    block_size, num_kv, head_dim], contiguous; slots: [num_tokens] int64.
+    block_size, num_kv, head_dim], contiguous; slots: [num_tokens] int64. kv_scales: for FP8 caches, of keys and of
+    values, [num_kv] float32 each.
     """
     num_tokens, count, size = heads.shape
     assert count == num_q + 2 * num_kv and heads.stride(2) == 1 and slots.is_contiguous()
@@ -191,7 +198,8 @@ def launch_rope_kv_write(
     half = 0 if cos_sin is None else cos_sin.shape[1] // 2
     rest = size - 2 * half
     fp8 = k_cache.dtype == torch.float8_e4m3fn
-    assert fp8 or (k_cache.dtype == heads.dtype and k_scale == v_scale == 1.0)
+    assert fp8 == (kv_scales is not None) and (fp8 or k_cache.dtype == heads.dtype)
+    k_scale, v_scale = kv_scales or (heads, heads)
     if num_tokens == 0:
         return
     biased = norm is not None and norm.q_bias is not None
@@ -205,6 +213,8 @@ def launch_rope_kv_write(
         heads if norm is None else norm.k_weight,
         norm.q_bias if norm is not None and biased else heads,
         norm.k_bias if norm is not None and biased else heads,
+        k_scale,
+        v_scale,
         num_q,
         num_kv,
         size,
@@ -213,8 +223,6 @@ def launch_rope_kv_write(
         heads.stride(1),
         0.0 if norm is None else norm.eps,
         1.0 if norm is not None and norm.unit_offset else 0.0,
-        1.0 / k_scale,
-        1.0 / v_scale,
         NORM=0 if norm is None else 2 if norm.layer else 1,
         BIAS=biased,
         FP8=fp8,

@@ -11,8 +11,8 @@ rounded, as on CPUs, so that all ranks and devices have the same.
 
 Must move: 4 bytes per logit in, with biases or penalties 4 out and 5 in for counts. FLOPs: for a sampled row two
 float64 logarithms and a fourth of 10 Philox rounds per token (about 150 operations), the limit on cards with few
-float64 units; greedy rows do none of it. A program takes SHARD tokens of a row, so that one row alone fills the chip; the best
-of a row's shards is found by a second kernel, and the shards of ranks can be joined alike.
+float64 units; greedy rows do none of it. A program takes SHARD tokens of a row, so that one row alone fills the chip;
+the best of a row's shards is found by a second kernel, and the shards of ranks can be joined alike.
 """
 
 from typing import NamedTuple

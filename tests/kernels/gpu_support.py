@@ -2,8 +2,12 @@
 dtypes, and the bound on errors.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from shoal.kernels.gpu import poison
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -30,15 +34,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, times: float = 1.0) -> N
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN (or 0xAA bytes) while the test runs, so that no output is left unwritten unseen."""
-    real = torch.empty
-
-    def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        out = real(*args, **kwargs)
-        if out.dtype.is_floating_point and out.dtype.itemsize > 1:
-            return out.fill_(float("nan"))
-        out.view(torch.uint8).fill_(0xAA)
-        return out
-
-    monkeypatch.setattr(torch, "empty", poison)
+def poisoned_empty() -> Iterator[None]:
+    """Every new tensor is NaN while the test runs, so that no output is left unwritten unseen."""
+    with poison.poisoned_empty():
+        yield
