@@ -297,7 +297,7 @@ def launch_linear(
         as_bytes(x) if fp8 else x,
         as_bytes(weight) if kind == "e4m3" else weight,
         scales,
-        weight if zero is None else zero,
+        scales if zero is None else zero,
         x_scales,
         scales if bias is None else bias,
         y,
