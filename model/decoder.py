@@ -17,7 +17,7 @@ from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
 from shoal.model.kv_cache import KVCache, LayerCache
-from shoal.model.norms import make_norm
+from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
 from shoal.model.rotary import RotaryTable
 from shoal.model.shard import ModelShard
@@ -56,20 +56,29 @@ class DecoderLayer:
         return out_TH
 
     def __call__(
-        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
-    ) -> torch.Tensor:
-        """The layer's output, [T, H]; x is not changed."""
-        mixed_TH = self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+        self,
+        x_TH: torch.Tensor,
+        branch_TH: torch.Tensor | None,
+        cos_sin_TR: torch.Tensor | None,
+        batch: BatchInput,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer of x + branch, what the layer before returned (None at the start): (x, branch), [T, H] each.
+
+        Their sum is left to the next layer, whose norm follows it. x is not changed; branch may be overwritten.
+        """
+        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_mixer)
+        mixed_TH = self.mixer.partial(normed_TH, cos_sin_TR, batch, cache)
         if self.parallel:
-            return self.parallel_branches(x_TH, mixed_TH)
+            return x_TH, self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
-        x_TH = mixed_TH.add_(x_TH)
-        out_TH = self.reduced(self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH), self.ffn.out_bias)
+        x_TH, normed_TH = summed(x_TH, mixed_TH, self.pre_ffn)
+        out_TH = self.reduced(self.ffn.partial(normed_TH), self.ffn.out_bias)
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
-        return out_TH.add_(x_TH)
+        return x_TH, out_TH
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
@@ -81,8 +90,20 @@ class DecoderLayer:
             out_TH = self.reduced(out_TH, self.ffn.out_bias)
             mixed_TH = self.post_mixer(mixed_TH) if self.post_mixer else mixed_TH
             out_TH = self.post_ffn(out_TH) if self.post_ffn else out_TH
-            return out_TH.add_(mixed_TH).add_(x_TH)
-        return self.reduced(out_TH.add_(mixed_TH), self.mixer.out_bias, self.ffn.out_bias).add_(x_TH)
+            return out_TH.add_(mixed_TH)
+        return self.reduced(out_TH.add_(mixed_TH), self.mixer.out_bias, self.ffn.out_bias)
+
+
+def summed(
+    x_TH: torch.Tensor, branch_TH: torch.Tensor | None, norm: NormLayer | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + branch, its norm), without a branch or a norm just what is left. x is not changed; branch may be."""
+    if branch_TH is None:
+        return x_TH, x_TH if norm is None else norm(x_TH)
+    if norm is not None:
+        return norm.of_sum(x_TH, branch_TH)
+    x_TH = branch_TH.add_(x_TH)
+    return x_TH, x_TH
 
 
 class Stage:
@@ -153,12 +174,13 @@ class Stage:
         """This stage's layers. hidden: [T, H], from embed or from the stage before. The tokens' keys and values are
         written to the cache. Returns [T, H].
         """
+        branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
         for index, layer in self.layers.items():
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
-            hidden_TH = layer(hidden_TH, cos_sin_TR, batch, cache.layers[index])
-        return hidden_TH
+            hidden_TH, branch_TH = layer(hidden_TH, branch_TH, cos_sin_TR, batch, cache.layers[index])
+        return hidden_TH if branch_TH is None else branch_TH.add_(hidden_TH)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ local experts, H hidden size, F local columns of an expert, M tokens of one expe
 
 import torch
 
-from shoal.kernels.activation import gated_activation
+from shoal.kernels.activation import KINDS, gated_activation
+from shoal.kernels.device import on_gpu
 from shoal.kernels.linear import linear
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.sharding import Range
@@ -43,6 +44,13 @@ class Experts:
 
         Returns [T, H] in x's dtype: zeros where none of a token's experts is held here.
         """
+        if on_gpu(x_TH):
+            from shoal.kernels.gpu.experts import launch_experts
+
+            kind, first = KINDS[self.activation], self.expert_range[0]
+            return launch_experts(
+                x_TH, self.gate_up, self.down, weights_TK, ids_TK, first, kind, deterministic=self.deterministic
+            )
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         tokens, weights, counts = self._by_expert(weights_TK, ids_TK)
         start = 0
