@@ -165,6 +165,7 @@ class _Rank:
             config.launcher.step_timeout_s,
             config.runtime.deterministic,
             native,
+            boot.device,
         )
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)
         self._worker = make_worker(config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device))

@@ -42,7 +42,8 @@ def load_cache(pointers, mask, FP8: tl.constexpr, dtype: tl.constexpr):
         bits = raw.to(tl.uint16)
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         return (half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
-    return raw
+    else:
+        return raw
 
 
 @triton.jit

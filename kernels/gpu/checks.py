@@ -19,7 +19,7 @@ Scale = Literal["tiny", "full"]
 """tiny: a few small shapes that Triton's interpreter does in seconds; full: the grid for a GPU."""
 
 Outputs = tuple[torch.Tensor, ...]
-TABLES: tuple[str, ...] = ()
+TABLES = ("shoal.kernels.gpu.attention_checks",)
 KIB = 1024
 SHARED_LIMITS = {80: 99 * KIB, 90: 227 * KIB}
 """What one program may have: 99 KiB on the consumer cards of the sm_80 class (8.6, 8.9), 227 KiB on 9.0."""
@@ -50,7 +50,8 @@ class Trial:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """kernel: the operation; name: the shape, unique within it; dtype: of the inputs. budget: it is compiled and
-    held to it in reports; None: it is not. make: the inputs on a device; seeded by the caller. measured: worth timing.
+    held to it in reports; None: it is not. make: the inputs on a device (also "meta"), seeded by
+    the caller. measured: worth timing.
     """
 
     kernel: str
@@ -109,8 +110,8 @@ def greatest_difference(ours: Outputs, reference: Outputs) -> float:
 
 
 def compile_case(case: Case, capability: int) -> list[Compiled]:
-    """What the launches of a case compile to. Nothing runs: its inputs are on the CPU and its outputs nonsense."""
-    trial = case.make(torch.device("cpu"))
+    """What the launches of a case compile to. Nothing runs: its inputs are sizes without numbers."""
+    trial = case.make(torch.device("meta"))
     with compiling_for(capability) as compiled:
         trial.run()
     return list(dict.fromkeys(compiled))

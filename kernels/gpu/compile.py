@@ -1,7 +1,7 @@
 """What a kernel compiles to, found without a GPU: registers, spills and shared memory of sm_80, sm_90 and others.
 
     with compiling_for(90) as compiled:
-        launch_attention(...)            # on CPU tensors: compiles exactly what the launch would run, and runs nothing
+        launch_attention(...)  # on CPU or meta tensors: compiles what the launch would run, and runs nothing
     compiled[0].registers
 
 The launch code chooses options and specialisation itself, so what is reported is what a GPU gets. Needs triton's own
