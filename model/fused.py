@@ -2,17 +2,24 @@
 and head norms of single heads or none. The others run operation by operation.
 """
 
+from typing import TypeGuard
+
 import torch
 
 from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedNorm
-from shoal.kernels.weight import PreparedWeight
+from shoal.kernels.weight import PreparedWeight, Weight
 from shoal.model.attention import AttentionMixer
 from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward
 from shoal.model.norms import NormLayer
 
 CPU = torch.device("cpu")
+
+
+def for_c(weight: Weight) -> TypeGuard[PreparedWeight]:
+    """Whether the weight is prepared for the C kernels."""
+    return isinstance(weight, PreparedWeight) and hasattr(weight, "native")
 
 
 def fusible(norm: NormLayer | None) -> bool:
@@ -28,7 +35,7 @@ def fused_norm(norm: NormLayer | None) -> FusedNorm | None:
 def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | None:
     """The mixer with the norm before it; None where it cannot be fused."""
     library, heads_norm, qkv, out = native_library(), mixer.head_norm, mixer.qkv.weight, mixer.out.weight
-    if library is None or not isinstance(qkv, PreparedWeight) or not isinstance(out, PreparedWeight):
+    if library is None or not for_c(qkv) or not for_c(out):
         return None
     if not fusible(norm) or mixer.across_heads is not None:
         return None
@@ -66,6 +73,6 @@ def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForw
     if library is None or not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
         return None
     up = ffn.gate_up if isinstance(ffn, GatedFeedForward) else ffn.up
-    if not isinstance(up.weight, PreparedWeight) or not isinstance(ffn.down.weight, PreparedWeight):
+    if not for_c(up.weight) or not for_c(ffn.down.weight):
         return None
     return FusedFeedForward(library, fused_norm(norm), up.weight, up.bias, ffn.down.weight, kind=ffn.kind)
