@@ -19,7 +19,9 @@ Scale = Literal["tiny", "full"]
 """tiny: a few small shapes that Triton's interpreter does in seconds; full: the grid for a GPU."""
 
 Outputs = tuple[torch.Tensor, ...]
-TABLES = ("shoal.kernels.gpu.attention_checks",)
+TABLES = tuple(
+    f"shoal.kernels.gpu.{operations}_checks" for operations in ("attention", "elementwise", "linear", "sampling")
+)
 KIB = 1024
 SHARED_LIMITS = {80: 99 * KIB, 90: 227 * KIB}
 """What one program may have: 99 KiB on the consumer cards of the sm_80 class (8.6, 8.9), 227 KiB on 9.0."""
@@ -60,6 +62,10 @@ class Case:
     make: Callable[[torch.device], Trial]
     budget: Budget | None = None
     measured: bool = False
+
+    def make_sizes(self) -> Trial:
+        """The trial without numbers: to compile it, or to ask what it moves."""
+        return self.make(torch.device("meta"))
 
 
 class Verdict(NamedTuple):
@@ -111,7 +117,7 @@ def greatest_difference(ours: Outputs, reference: Outputs) -> float:
 
 def compile_case(case: Case, capability: int) -> list[Compiled]:
     """What the launches of a case compile to. Nothing runs: its inputs are sizes without numbers."""
-    trial = case.make(torch.device("meta"))
+    trial = case.make_sizes()
     with compiling_for(capability) as compiled:
         trial.run()
     return list(dict.fromkeys(compiled))
