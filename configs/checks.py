@@ -114,11 +114,20 @@ def _scheduler(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     runtime = config.runtime
     if runtime.collectives == "shm" and runtime.device == "cuda":
-        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto or nccl")
+        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto, nccl or gloo")
     if runtime.collectives == "nccl" and runtime.device == "cpu":
         yield _collectives("nccl", "work on GPU tensors only, and runtime.device is cpu; use auto, shm or gloo")
     if runtime.collectives == "shm" and runtime.native == "off":
         yield _collectives("shm", "are C kernels, and runtime.native is off; use gloo, or native auto")
+    if config.parallel.ranks_per_device > 1 and runtime.device == "cpu":
+        yield Problem(
+            key="parallel.ranks_per_device",
+            value=str(config.parallel.ranks_per_device),
+            message="says how many ranks share a GPU, and runtime.device is cpu, where all share the memory; "
+            "leave it out",
+        )
+    if config.parallel.ranks_per_device > 1 and runtime.collectives == "nccl" and config.ranks_per_replica > 1:
+        yield _collectives("nccl", "refuse two ranks on one GPU, and parallel.ranks_per_device is over 1; use auto")
     if runtime.native == "require" and runtime.device == "cuda":
         yield Problem(
             key="runtime.native",
@@ -236,7 +245,7 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
-    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
+    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device")),
     (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )
 """Each check with the keys it reads."""

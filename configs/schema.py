@@ -110,6 +110,13 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         list[Positive] | None,
         Meta(description="Layers of each stage, such as [10, 12]; default: balanced by predicted cost."),
     ] = None
+    ranks_per_device: Annotated[
+        RankCount,
+        Meta(
+            description="Ranks of a host that share a GPU, for trying layouts on few cards: they exchange tensors "
+            "through host memory, and divide the card's memory."
+        ),
+    ] = 1
     expert: Annotated[
         bool,
         Meta(
@@ -274,7 +281,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(
-            description="auto: NCCL on GPUs; on CPUs shared memory on one host when the C kernels are there, else gloo."
+            description="auto: NCCL on GPUs (gloo, through host memory, where ranks share one); on CPUs shared memory "
+            "on one host when the C kernels are there, else gloo."
         ),
     ] = "auto"
     native: Annotated[

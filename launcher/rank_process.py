@@ -186,6 +186,7 @@ class _Rank:
             config.launcher.step_timeout_s,
             config.runtime.deterministic,
             native,
+            boot.device,
         )
         mesh = self._mesh = watch_mesh(made, self._activity)
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)

@@ -168,6 +168,11 @@ BAD = [
     ({"runtime.collectives": "shm", "runtime.device": "cuda"}, "runtime.device is cuda"),
     ({"runtime.collectives": "nccl", "runtime.device": "cpu"}, "runtime.device is cpu"),
     ({"runtime.collectives": "shm", "runtime.native": "off"}, "runtime.native is off"),
+    ({"parallel.ranks_per_device": 2, "runtime.device": "cpu"}, "runtime.device is cpu, where all share the memory"),
+    (
+        {"parallel.ranks_per_device": 2, "parallel.tensor": 2, "runtime.collectives": "nccl"},
+        "refuse two ranks on one GPU",
+    ),
     ({"runtime.native": "require", "runtime.device": "cuda"}, "run on CPUs"),
     ({"launcher.routing": "least_loaded", "launcher.load_factor": 3.0}, "would not be used"),
     ({"launcher.routing": "prefix", "cache.enable_prefix_caching": False}, "take least_loaded"),
