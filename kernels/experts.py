@@ -1,4 +1,4 @@
-"""The routed gated experts of a layer: y_t = sum over a token's experts e of weight_e down_e(act(gate_e x_t) * up_e x_t).
+"""The routed gated experts of a layer: y_t = sum over the experts e of t of weight_e down_e(act(gate_e x_t) * up_e x_t).
 
 C over prepared weights (kernels/native/experts.c): tokens sorted by expert, one team of threads for all experts. A
 token's experts are summed in rising order in float32, so its result does not depend on the other tokens. Without C, and
@@ -38,7 +38,7 @@ def experts_reference(
 
 
 class NativeExperts:
-    """Some experts of a layer, from number `first` on. gate_up: [2 F, H], down: [H, F] of each; kind: a key of KINDS."""
+    """Some experts of a layer, from number `first` on. gate_up: [2 F, H], down: [H, F] each; kind: a key of KINDS."""
 
     def __init__(
         self,
