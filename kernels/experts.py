@@ -1,4 +1,4 @@
-"""The routed gated experts of a layer: y_t = sum over the experts e of t of weight_e down_e(act(gate_e x_t) * up_e x_t).
+"""Routed gated experts of a layer: y_t = sum over the experts e of t of weight_e down_e(act(gate_e x_t) * up_e x_t).
 
 C over prepared weights (kernels/native/experts.c): tokens sorted by expert, one team of threads for all experts. A
 token's experts are summed in rising order in float32, so its result does not depend on the other tokens. Without C, and
