@@ -14,6 +14,7 @@ import torch
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
+from shoal.kernels.argmax import argmax
 from shoal.kernels.device import on_gpu
 from shoal.kernels.logit_filters import filter_logits_
 from shoal.kernels.penalties import apply_penalties_
@@ -184,7 +185,7 @@ class Sampler:
 
     def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
         """Greedy or sampled token ids: [num_rows] int64."""
-        tokens_R = logits_RV.argmax(-1)
+        tokens_R = argmax(logits_RV)
         random = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
         for rows in slices(random, self.vocab_size):
             index = torch.tensor(rows, device=self.device)
@@ -208,7 +209,7 @@ class Sampler:
         )
         most_kept = int((logits_RV > MINUS_INF).sum(-1).max())
         if most_kept * FEW_KEPT >= self.vocab_size or most_kept == 0:
-            return logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)).argmax(-1)
+            return argmax(logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)))
         kept_RK, ids_RK = best_tokens(logits_RV, most_kept)
         noisy_RK = kept_RK.add_(gumbel_noise_at(*counter, ids_RK))
         return ids_RK.gather(1, noisy_RK.argmax(-1, keepdim=True)).squeeze(1)
