@@ -172,12 +172,24 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
     """How processes are started, and how long anything may take."""
 
     kind: Annotated[
-        Literal["auto", "inprocess", "local", "torchrun"],
+        Literal["auto", "inprocess", "local", "torchrun", "ray"],
         Meta(
             description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one "
             "rank, else local.",
             extra=_names("--launcher", keyword="launcher"),
         ),
+    ] = "auto"
+    address: Annotated[
+        Text,
+        Meta(
+            description="The Ray cluster: host:port of its head, local for one of this process's own, auto for "
+            "RAY_ADDRESS or the one on this machine, else as local.",
+            extra=_names("--ray-address", keyword="ray_address"),
+        ),
+    ] = "auto"
+    ray_auth: Annotated[
+        Literal["auto", "token", "off"],
+        Meta(description="Ray's token authentication; auto keeps RAY_AUTH_MODE where it is set, else token."),
     ] = "auto"
     start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[

@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from shoal.launcher.arguments import Once
+
 ALL_SECTIONS = ("parallel", "model", "cache", "scheduler", "runtime", "launcher")
 
 _CHAT_SAMPLING = (
@@ -68,12 +70,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
     parser.add_argument(
         "--prompts",
+        action=Once,
         metavar="FILE",
         help="Prompts from a file: one a line, or JSON objects in a .jsonl file (prompt, prompt_token_ids or messages, "
         "and sampling parameters); - reads standard input.",
     )
     parser.add_argument(
         "--output",
+        action=Once,
         metavar="FILE",
         help="Write JSON Lines (id, prompt, text, token_ids, finish_reason, usage) to a file.",
     )

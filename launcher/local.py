@@ -77,6 +77,10 @@ class LocalProcesses:
         """Kill a child, and with it the children forked through it; one that has ended is no error."""
         self._zygote.connection.signal(child.process_id, signal.SIGKILL)
 
+    def pid_of(self, child: "Child") -> int | None:
+        """The process id, once the zygote has told it."""
+        return self._zygote.connection.pids.get(child.process_id)
+
     def _read(self) -> None:
         try:
             for exited in self._zygote.connection.poll():
