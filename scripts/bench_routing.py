@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--conversations", type=int, default=1200)
-    parser.add_argument("--utilisation", type=float, default=1.5, help="of what the fleet computes without a cache")
+    parser.add_argument("--utilisation", type=float, default=5.0, help="of what the fleet computes without a cache")
     parser.add_argument("--load-factor", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--real", metavar="MODEL")
