@@ -308,7 +308,14 @@ class RayFleet:
             for post in place.posts[1:]
         }
         several = self._config.parallel.data > 1 or number > 0
-        return RayReplica(first.actor, others, listener, bootstrap, where=f"replica {number}: " if several else "")
+        return RayReplica(
+            first.actor,
+            others,
+            listener,
+            bootstrap,
+            addresses=place.addresses,
+            where=f"replica {number}: " if several else "",
+        )
 
     async def _adopt(self, engine: EngineBootstrap, place: Place) -> RayReplica | None:
         """A handle that takes over a running engine; None when that has ended meanwhile."""
@@ -323,7 +330,9 @@ class RayFleet:
         bootstrap = msgspec.structs.replace(engine, front_address=listener.address)
         others: dict[Actor, list[RankBootstrap]] = {post.actor: [] for post in place.posts[1:]}
         where = f"replica {engine.replica}: "
-        return RayReplica(first.actor, others, listener, bootstrap, where=where, adopted=True)
+        return RayReplica(
+            first.actor, others, listener, bootstrap, addresses=place.addresses, where=where, adopted=True
+        )
 
     def _model(self, config: ShoalConfig, post: Post) -> Model:
         return Model(config=config, spec=self._spec, model_dir=post.report.model_dir, worker=self._worker)
