@@ -85,6 +85,10 @@ class Worker:
             max_model_len=self.config.model.max_model_len,
         )
 
+    def on_layer(self, tick: Callable[[], None]) -> None:
+        """Have `tick` called after every layer of a step. The weights must have been loaded."""
+        self.stage.on_layer = tick
+
     def profile(self) -> MemoryReport:
         """Run one step of the largest size on a cache of its own and report what memory this rank needs and has.
         Collective."""

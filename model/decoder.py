@@ -9,11 +9,12 @@ for the embedding, two per layer (one where both branches read the same input), 
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
@@ -40,7 +41,7 @@ class DecoderLayer:
         *,
         deterministic: bool,
     ) -> None:
-        self.group, self.parallel = group, spec.residual == "parallel"
+        self.group, self.residual = group, spec.residual
         self.mixer = AttentionMixer(spec.mixer, shard, scoped(params, "mixer."), group, deterministic=deterministic)
         ffn = scoped(params, "ffn.")
         self.ffn = make_feed_forward(spec.ffn, shard, ffn, group, deterministic=deterministic)
@@ -79,9 +80,11 @@ class DecoderLayer:
     ) -> torch.Tensor:
         """The layer's output, [T, H]; x is not changed."""
         mixed_TH = self.mix(x_TH, cos_sin_TR, batch, cache)
-        if self.parallel:
+        if self.residual == "parallel":
             return self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+        if self.residual == "normed":
+            return self.normed_sums(x_TH, mixed_TH)
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
         x_TH = mixed_TH.add_(x_TH)
@@ -89,6 +92,12 @@ class DecoderLayer:
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
         return out_TH.add_(x_TH)
+
+    def normed_sums(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
+        """The normed residual form, from the mixer's whole output on."""
+        assert self.post_mixer and self.post_ffn, "a normed residual has both norms"
+        x_TH = self.post_mixer(mixed_TH.add_(x_TH))
+        return self.post_ffn(self.reduced(self.feed(x_TH), self.ffn.out_bias).add_(x_TH))
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
@@ -110,6 +119,7 @@ class Stage:
 
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
+    on_layer: called after each layer, so that somebody sees a long step advance.
     max_model_len: positions that may occur; default: the model's own limit.
     """
 
@@ -125,6 +135,7 @@ class Stage:
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
         self.spec, self.shard = spec, shard
+        self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
                 spec.layers[index], shard, scoped(params, f"layers.{index}."), tensor, deterministic=deterministic
@@ -132,7 +143,8 @@ class Stage:
             for index in range(shard.first_layer, shard.last_layer)
         }
         some = next(iter(params.values()))
-        self.dtype = some.dtype
+        self.dtype, self.deterministic = some.dtype, deterministic
+        self.embed_in, self.embed_out = params.get("embed_in.weight"), params.get("embed_out.weight")
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
@@ -162,6 +174,8 @@ class Stage:
         hidden_TH = self.embedding(batch.token_ids_T)
         if self.embed_scale is not None:
             hidden_TH *= self.embed_scale
+        if self.embed_in is not None:
+            hidden_TH = linear(hidden_TH, self.embed_in, deterministic=self.deterministic)
         if self.positions is not None:
             assert self.spec.learned_positions is not None
             hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
@@ -177,6 +191,8 @@ class Stage:
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
             hidden_TH = layer(hidden_TH, cos_sin_TR, batch, cache.layers[index])
+            if self.on_layer is not None:
+                self.on_layer()
         return hidden_TH
 
     @torch.inference_mode()
@@ -185,6 +201,8 @@ class Stage:
         group.
         """
         normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
+        if self.embed_out is not None:
+            normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
         logits_RV = self.head(normed_RH)
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)

@@ -25,8 +25,12 @@ def is_multiplied(name: str) -> bool:
     return kind == "weight" and module.rpartition(".")[2] in MULTIPLIED
 
 
-def prepare(weight: torch.Tensor, library: NativeLibrary) -> "torch.Tensor | PreparedWeight | list[PreparedWeight]":
-    """One weight: [columns, inner], or stacked experts [count, columns, inner]. What C cannot take stays as it is."""
+def prepare(weight: Any, library: NativeLibrary) -> Any:
+    """One weight: [columns, inner], or stacked experts [count, columns, inner]. What C cannot take, and what is no
+    tensor any more, stays as it is.
+    """
+    if not isinstance(weight, torch.Tensor):
+        return weight
     if weight.numel() == 0 or weight.shape[-2] < LEAST_COLUMNS or not takes_native(weight):
         return weight
     if weight.dim() == 3:
