@@ -114,11 +114,20 @@ def _scheduler(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     runtime = config.runtime
     if runtime.collectives == "shm" and runtime.device == "cuda":
-        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto or nccl")
+        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto, nccl or gloo")
     if runtime.collectives == "nccl" and runtime.device == "cpu":
         yield _collectives("nccl", "work on GPU tensors only, and runtime.device is cpu; use auto, shm or gloo")
     if runtime.collectives == "shm" and runtime.native == "off":
         yield _collectives("shm", "are C kernels, and runtime.native is off; use gloo, or native auto")
+    if config.parallel.ranks_per_device > 1 and runtime.device == "cpu":
+        yield Problem(
+            key="parallel.ranks_per_device",
+            value=str(config.parallel.ranks_per_device),
+            message="says how many ranks share a GPU, and runtime.device is cpu, where all share the memory; "
+            "leave it out",
+        )
+    if config.parallel.ranks_per_device > 1 and runtime.collectives == "nccl" and config.ranks_per_replica > 1:
+        yield _collectives("nccl", "refuse two ranks on one GPU, and parallel.ranks_per_device is over 1; use auto")
     if runtime.native == "require" and runtime.device == "cuda":
         yield Problem(
             key="runtime.native",
@@ -129,13 +138,29 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
+    uses_ray = launcher.kind == "ray" or launcher.attach is not None
     for name in ("address", "ray_auth"):
-        if launcher.kind != "ray" and f"launcher.{name}" in given:
+        if not uses_ray and f"launcher.{name}" in given:
             yield Problem(
                 key=f"launcher.{name}",
                 value=getattr(launcher, name),
                 message=f"is about Ray clusters, and launcher.kind is {launcher.kind}; use ray, or leave it out",
             )
+    if launcher.attach is not None:
+        if launcher.kind not in ("auto", "ray"):
+            yield Problem(
+                key="launcher.kind",
+                value=launcher.kind,
+                message=f"would not be used: launcher.attach = {launcher.attach} starts nothing; leave one of them out",
+            )
+        for key in sorted(given):
+            if key.startswith(("parallel.", "cache.", "scheduler.")):
+                section, _, name = key.partition(".")
+                value = getattr(getattr(config, section), name)
+                message = (
+                    f"would not be used: {launcher.attach} (launcher.attach) runs already with settings of its own"
+                )
+                yield Problem(key=key, value=str(value), message=message)
     host, _, port = launcher.address.rpartition(":")
     if launcher.address not in ("auto", "local") and not (host and port.isdigit()):
         yield Problem(
@@ -185,6 +210,24 @@ def _listed(values: list[float] | list[int]) -> str:
 
 _LAYOUT_KEYS = ("launcher.kind", "parallel.tensor", "parallel.pipeline", "parallel.data")
 _Check = Callable[[ShoalConfig, set[str]], Iterator[Problem]]
+
+
+def _routing(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    launcher = config.launcher
+    if "launcher.load_factor" in given and launcher.routing != "prefix":
+        yield Problem(
+            key="launcher.load_factor",
+            value=str(launcher.load_factor),
+            message=f"would not be used with launcher.routing = {launcher.routing}; leave one of them out",
+        )
+    if "launcher.routing" in given and launcher.routing == "prefix" and not config.cache.enable_prefix_caching:
+        yield Problem(
+            key="launcher.routing",
+            value=launcher.routing,
+            message="needs cache.enable_prefix_caching = true; take least_loaded",
+        )
+
+
 _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (
         _model,
@@ -201,7 +244,8 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
-    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
-    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth")),
+    (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
+    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device")),
+    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )
 """Each check with the keys it reads."""

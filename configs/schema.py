@@ -110,6 +110,13 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         list[Positive] | None,
         Meta(description="Layers of each stage, such as [10, 12]; default: balanced by predicted cost."),
     ] = None
+    ranks_per_device: Annotated[
+        RankCount,
+        Meta(
+            description="Ranks of a host that share a GPU, for trying layouts on few cards: they exchange tensors "
+            "through host memory, and divide the card's memory."
+        ),
+    ] = 1
     expert: Annotated[
         bool,
         Meta(
@@ -198,6 +205,10 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "token", "off"],
         Meta(description="Ray's token authentication; auto keeps RAY_AUTH_MODE where it is set, else token."),
     ] = "auto"
+    attach: Annotated[
+        Text | None,
+        Meta(description="Start nothing: send the requests to the detached model of this name (`shoal up --name`)."),
+    ] = None
     start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[
         Seconds,
@@ -210,6 +221,26 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
+    controller_grace_s: Annotated[
+        Seconds,
+        Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
+    ] = 60.0
+    routing: Annotated[
+        Literal["prefix", "least_loaded", "round_robin"],
+        Meta(
+            description="Which replica a request goes to: where most of its prompt is cached, the fewest outstanding "
+            "tokens, or one after the other."
+        ),
+    ] = "prefix"
+    load_factor: Annotated[
+        float,
+        Meta(
+            ge=1.0,
+            le=1e6,
+            description="With routing = prefix: most outstanding tokens a replica may have beside those of the least "
+            "loaded, as a multiple, to be chosen for what it has cached.",
+        ),
+    ] = 2.0
     drain_timeout_s: Annotated[
         Seconds,
         Meta(description="Seconds what runs gets to finish when a replica is taken away or a command is told to end."),
@@ -250,7 +281,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(
-            description="auto: NCCL on GPUs; on CPUs shared memory on one host when the C kernels are there, else gloo."
+            description="auto: NCCL on GPUs (gloo, through host memory, where ranks share one); on CPUs shared memory "
+            "on one host when the C kernels are there, else gloo."
         ),
     ] = "auto"
     native: Annotated[

@@ -13,9 +13,14 @@ only out of reach until somebody computes them again.
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
+from shoal.engine.cache_log import CacheLog
+
 
 class BlockPool:
-    """The blocks 0 .. num_blocks - 1 of one cache group. Every method takes constant time per block."""
+    """The blocks 0 .. num_blocks - 1 of one cache group. Every method takes constant time per block.
+
+    log: told what becomes known by its content and what is forgotten, when somebody wants to know.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -24,6 +29,7 @@ class BlockPool:
         self._keys: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self.log: CacheLog | None = None
 
     @property
     def num_free(self) -> int:
@@ -44,6 +50,11 @@ class BlockPool:
     def num_referenced(self) -> int:
         """Blocks in the table of at least one sequence."""
         return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def keys(self) -> Iterable[bytes]:
+        """Of all published blocks."""
+        return self._published.keys()
 
     def lookup(self, key: bytes) -> int | None:
         """The published block with this content, if there is one."""
@@ -83,6 +94,8 @@ class BlockPool:
         """
         twin = self._published.setdefault(key, block)
         if twin == block:
+            if self.log is not None and self._keys[block] is None:
+                self.log.stored(key)
             self._keys[block] = key
         elif twin in self._cached:
             self._cached.move_to_end(twin)
@@ -115,6 +128,8 @@ class BlockPool:
     def _unpublish(self, block: int) -> None:
         key = self._keys[block]
         assert key is not None
+        if self.log is not None:
+            self.log.removed(key)
         del self._published[key]
         self._keys[block] = None
 

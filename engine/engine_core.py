@@ -10,6 +10,8 @@ import msgspec
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.admission import check_fits_alone
+from shoal.engine.block_pool import BlockPool
+from shoal.engine.cache_log import CacheChanges, CacheLog
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.clock import Clock
 from shoal.engine.executor import Executor, ExecutorFailed
@@ -52,6 +54,7 @@ class EngineCore:
         self._forward_s = self._wait_s = self._sample_s = 0.0
         self._started = self.clock.monotonic()
         self._num_finished = 0
+        self._told_pool: BlockPool | None = None
 
     @property
     def has_work(self) -> bool:
@@ -68,7 +71,8 @@ class EngineCore:
             raise EngineError(str(self.failure)) from self.failure
         self._check(request)
         num_waiting = len(self.scheduler.waiting)
-        if num_waiting >= self.config.scheduler.max_queued_requests:
+        seats = max(0, self.scheduler.max_num_running - len(self.scheduler.running))  # these come to no queue
+        if num_waiting >= self.config.scheduler.max_queued_requests + seats:
             raise QueueFull(
                 f"{num_waiting} requests wait already (scheduler.max_queued_requests): come back later, or raise it",
                 self._retry_after_s(),
@@ -221,6 +225,19 @@ class EngineCore:
             error=error,
             num_cached_tokens=seq.num_cached_tokens,
         )
+
+    def tell_cache(self) -> None:
+        """Keep note of what the prefix cache holds from now on, for `cache_changes`: of the first group that sees all
+        positions.
+        """
+        windows, pools = self.scheduler.tables.windows, self.scheduler.tables.pools
+        self._told_pool = pools[windows.index(None) if None in windows else 0]
+        self._told_pool.log = CacheLog()
+
+    def cache_changes(self) -> CacheChanges | None:
+        """What the prefix cache gained and lost since the last call; None when nothing, or when not asked to tell."""
+        pool = self._told_pool
+        return None if pool is None or pool.log is None else pool.log.take(pool.keys)
 
     def stats(self) -> EngineStats:
         """Counters and gauges.

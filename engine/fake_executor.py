@@ -11,7 +11,9 @@ import msgspec
 from shoal.engine.clock import Clock
 from shoal.engine.executor import Capacity, Executor, ExecutorFailed
 from shoal.engine.fake_ranks import FakeRanks, PlanError
-from shoal.engine.messages import StepPlan, StepResult, TokenRef
+from shoal.engine.messages import RowResult, StepPlan, StepResult, TokenRef
+
+BLIND_TOKEN = 0
 
 
 class StepLatency(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,20 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     cause: str = "ended by a planned fault"
 
 
+class BlindRanks:
+    """Ranks that check nothing and answer BLIND_TOKEN: quick enough for planning and for fleets in virtual time."""
+
+    def __init__(self) -> None:
+        self.sequences: dict[str, None] = {}
+
+    def run(self, plan: StepPlan, sampled: dict[TokenRef, tuple[str, int]]) -> list[RowResult]:
+        """Answer a plan."""
+        for request_id in (*plan.finished_ids, *plan.preempted_ids):
+            self.sequences.pop(request_id, None)
+        self.sequences.update(dict.fromkeys(new.request_id for new in plan.new_sequences))
+        return [RowResult(row.request_id, [BLIND_TOKEN] if row.sample else []) for row in plan.rows]
+
+
 class FakeExecutor(Executor):
     """Runs plans on FakeRanks.
 
@@ -54,14 +70,15 @@ class FakeExecutor(Executor):
         fault: Fault | None = None,
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int | None = None,
+        blind: bool = False,
     ) -> None:
         """latency: None takes no time.
 
-        fault: None never fails. The last two are limits that plans are checked against.
+        fault: None never fails. The two numbers are limits that plans are checked against. blind: see BlindRanks.
         """
         self.capacity, self.clock, self.latency, self.fault = capacity, clock or Clock(), latency, fault
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
-        self.ranks = FakeRanks(capacity)
+        self.ranks: FakeRanks | BlindRanks = BlindRanks() if blind else FakeRanks(capacity)
         self.stopped = False
         self._unanswered: deque[tuple[StepResult, float]] = deque()
         self._stage_free = [0.0] * capacity.max_in_flight

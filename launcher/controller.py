@@ -12,14 +12,16 @@ emitted; the client sees one stream without a gap or a repeat. docs/failures.md 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges, split_keys
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.launcher.controller_status import ControllerStatus, ReplicaState
 from shoal.launcher.dispatch import Dispatch, Limits
+from shoal.launcher.journal import Journal
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
 from shoal.launcher.replica_slot import ReplicaSlot, RestartPolicy
@@ -48,16 +50,17 @@ class Controller(EngineClient):
         options: ControllerOptions,
         routing: Routing | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """factory: makes a handle for each life of each replica. routing: LeastLoaded when None. on_close: called once,
-        after all replicas were stopped.
+        after all replicas were stopped. journal: for a controller whose successor is to go on with its requests; the
+        caller closes it.
         """
         self._factory, self.options, self._on_close = factory, options, on_close
         self._routing = routing or LeastLoaded()
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
-        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed)
+        self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
         self._scaling = asyncio.Lock()
-        self._draining = False
         self._started = time.monotonic()
 
     def _slot(self, number: int) -> ReplicaSlot:
@@ -67,10 +70,16 @@ class Controller(EngineClient):
     def _slot_changed(self, slot: ReplicaSlot) -> None:
         if not slot.serves:
             self._routing.forget(slot.number)
+        if slot.ready and slot.handle is not None:
+            slot.handle.watch_cache(partial(self._cache_changed, slot.number))
         if slot.may_serve:
-            self._dispatch.line.wake()
+            self._dispatch.wake()
         else:
-            self._dispatch.line.wake_all()
+            self._dispatch.wake_all()
+
+    def _cache_changed(self, number: int, changes: CacheChanges) -> None:
+        stored, removed = split_keys(changes.stored), split_keys(changes.removed)
+        self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
     async def start(self, on_progress: Progress | None = None) -> list[Ready]:
         """Bring all replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after
@@ -119,14 +128,9 @@ class Controller(EngineClient):
         await slot.stop()  # streams that are still there end, and go on elsewhere
         del self._slots[slot.number]
 
-    async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
+    def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
         """Accept a request and stream its deltas, whatever happens to replicas meanwhile; see EngineClient."""
-        if self._draining:
-            raise EngineError("the engine is draining and takes no new requests")
-        entry = self._dispatch.accept(request)
-        async with aclosing(self._dispatch.stream(entry)) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self._dispatch.stream(request)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests wherever they are; unknown or finished ids are no error."""
@@ -176,9 +180,9 @@ class Controller(EngineClient):
         slots = [self._slots[number] for number in sorted(self._slots)]
         return ControllerStatus(
             replicas=list(await asyncio.gather(*(slot.status() for slot in slots))),
-            draining=self._draining,
+            draining=dispatch.draining,
             live_requests=len(dispatch.ledger),
-            waiting=len(dispatch.line),
+            waiting=dispatch.num_waiting,
             accepted=dispatch.ledger.num_accepted,
             refused=dispatch.refused,
             resumed=dispatch.resumed,
@@ -190,7 +194,7 @@ class Controller(EngineClient):
 
     async def drain(self, timeout_s: float) -> list[str]:
         """Refuse new requests, wait for the accepted ones; returns the ids that did not finish in time."""
-        self._draining = True
+        self._dispatch.draining = True
         try:
             await asyncio.wait_for(self._dispatch.idle.wait(), timeout_s)
         except TimeoutError:
@@ -202,7 +206,7 @@ class Controller(EngineClient):
         if self._dispatch.closed is not None:
             return
         self._dispatch.closed = "the engine was closed"
-        self._dispatch.line.wake_all()
+        self._dispatch.wake_all()
         try:
             await asyncio.gather(*(slot.stop() for slot in self._slots.values()))
         finally:

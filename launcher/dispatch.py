@@ -13,6 +13,7 @@ import msgspec
 
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import OutputDelta, Request
+from shoal.launcher.journal import Journal
 from shoal.launcher.rate import Rate
 from shoal.launcher.replica import ReplicaHandle
 from shoal.launcher.replica_slot import ReplicaSlot
@@ -21,6 +22,7 @@ from shoal.launcher.routing import Routing
 from shoal.launcher.waiting_line import WaitingLine
 
 MAX_FRUITLESS = 5
+SUSPECT_AFTER = 2  # fruitless deaths: whatever kills replicas is found by trying the suspects one at a time
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
 FULL_PAUSE_S = 0.1
 
@@ -38,26 +40,35 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 class Dispatch:
     """The requests of a controller. slots: its replicas by number, as they are. seed: of the seeds drawn for requests
-    without one.
+    without one. journal: keeps what is accepted and emitted, before it is acknowledged and delivered.
     """
 
     def __init__(
-        self, slots: Mapping[int, ReplicaSlot], routing: Routing, limits: Limits, seed: int | None = None
+        self,
+        slots: Mapping[int, ReplicaSlot],
+        routing: Routing,
+        limits: Limits,
+        seed: int | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._slots, self.routing, self.limits = slots, routing, limits
-        self.ledger, self.line = RequestLedger(seed), WaitingLine()
+        self._slots, self.routing, self.limits, self.journal = slots, routing, limits, journal
+        self.ledger, self.line, self.suspects = RequestLedger(seed), WaitingLine(), WaitingLine()
+        self._on_trial: Entry | None = None
         self.finished, self.tokens = Rate(), Rate()
         self.refused = self.resumed = self.lost = 0
         self.idle = asyncio.Event()
         self.idle.set()
+        self.draining = False
         self.closed: str | None = None
 
-    def accept(self, request: Request) -> Entry:
-        """Enter a request into the ledger; `stream` it then. Raises QueueFull, EngineError, ValueError."""
+    def _accept(self, request: Request) -> Entry:
+        """Enter a request into the ledger. Raises QueueFull, EngineError, ValueError."""
         self.check()
+        if self.draining:
+            raise EngineError("the engine is draining and takes no new requests")
         ready = [slot for slot in self._slots.values() if slot.ready]
         full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
-        if full or len(self.line) >= self.limits.max_waiting:
+        if full or self.num_waiting >= self.limits.max_waiting:
             self.refused += 1
             raise QueueFull(
                 f"{len(self.ledger)} requests are under way or wait already (scheduler.max_queued_requests): come back "
@@ -65,8 +76,29 @@ class Dispatch:
                 self._retry_after_s(),
             )
         entry = self.ledger.add(request)
+        if self.journal is not None:
+            try:
+                self.journal.accepted(entry.request)
+            except BaseException:
+                self.ledger.remove(entry)
+                raise
         self.idle.clear()
         return entry
+
+    @property
+    def num_waiting(self) -> int:
+        """Accepted requests that no replica works on."""
+        return len(self.line) + len(self.suspects)
+
+    def wake(self) -> None:
+        """Something changed: the first in line may look whether there is a place."""
+        self.line.wake()
+        self.suspects.wake()
+
+    def wake_all(self) -> None:
+        """Something changed that concerns everybody who waits."""
+        self.line.wake_all()
+        self.suspects.wake_all()
 
     def check(self) -> None:
         """Raises EngineError when no replica serves or ever will again."""
@@ -78,8 +110,11 @@ class Dispatch:
             reason = failed[0].reason if failed else "all were taken away"
             raise EngineError(f"no replica can serve any more; the first cause: {reason}")
 
-    async def stream(self, entry: Entry) -> AsyncGenerator[OutputDelta]:
-        """The deltas of an accepted request to its end."""
+    async def stream(self, request: Request) -> AsyncGenerator[OutputDelta]:
+        """Accept a request, on the first iteration, and give its deltas to its end. Raises QueueFull, EngineError,
+        ValueError then; later there are only deltas.
+        """
+        entry = self._accept(request)
         try:
             while True:
                 try:
@@ -101,11 +136,15 @@ class Dispatch:
                             return
         finally:
             self.ledger.remove(entry)
+            if self.journal is not None:
+                self.journal.ended(entry.request_id)
             self.line.leave(entry)
+            self.suspects.leave(entry)
+            self._end_trial(entry)
             self.finished.add(1)
             if not len(self.ledger):
                 self.idle.set()
-            self.line.wake()
+            self.wake()
 
     def _retry_after_s(self) -> float:
         """About how long until a request ends and leaves its place."""
@@ -123,17 +162,21 @@ class Dispatch:
                 return None
             if all(number in entry.refused_by for number, slot in self._slots.items() if slot.may_serve):
                 entry.refused_by.clear()
-            if self.line.may_go(entry):
+            suspect = entry.fruitless >= SUSPECT_AFTER
+            line = self.suspects if suspect else self.line
+            if line.may_go(entry) and not (suspect and self._on_trial is not None):
                 loads = {
                     number: slot.work
                     for number, slot in self._slots.items()
                     if slot.ready and slot.in_flight < self.limits.max_in_flight and number not in entry.refused_by
                 }
                 if loads:
-                    self.line.leave(entry)
+                    line.leave(entry)
+                    self._on_trial = entry if suspect else self._on_trial
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
             entry.firm = True
-            await self.line.wait(entry, entry.seconds_left)
+            await line.wait(entry, entry.seconds_left)
+            entry.refused_by.clear()
 
     async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
         """The request's deltas from one replica, counted as its work while it lasts. Ends without a last delta when the
@@ -154,7 +197,10 @@ class Dispatch:
                         return
                     else:
                         self._count(slot, entry, delta)
-                        yield entry.take(delta)
+                        delta = entry.take(delta)
+                        if self.journal is not None:
+                            self.journal.emitted(entry.request_id, delta.start, delta.token_ids, delta.logprobs)
+                        yield delta
         except QueueFull as error:
             await self._refused_by(slot, entry, error)
         except ValueError as error:  # a rebuilt replica may have less memory than the first had
@@ -178,7 +224,7 @@ class Dispatch:
         slot.in_flight += 1
         slot.work += entry.work
         self.routing.sent(entry.request, slot.number)
-        self.line.wake()
+        self.wake()
 
     def _count(self, slot: ReplicaSlot, entry: Entry, delta: OutputDelta) -> None:
         """Take what a delta says was computed off the replica's work."""
@@ -187,6 +233,7 @@ class Dispatch:
         if not entry.started_here:
             entry.started_here = slot.served = entry.firm = True
             entry.refused_by.clear()
+            self._end_trial(entry)
             done += len(entry.request.prompt_token_ids) + len(entry.emitted)
             self.routing.arrived(entry.request, slot.number)
         done = min(done, entry.work)
@@ -199,9 +246,16 @@ class Dispatch:
         if not entry.started_here:
             self.routing.arrived(entry.request, slot.number)
         entry.slot, entry.work = None, 0
+        self._end_trial(entry)
         if not slot.in_flight:
             slot.emptied.set()
-        self.line.wake()
+        self.wake()
+
+    def _end_trial(self, entry: Entry) -> None:
+        """The suspect has given a token, or died: the next one may try."""
+        if self._on_trial is entry:
+            self._on_trial = None
+            self.suspects.wake()
 
     def _survives(self, entry: Entry) -> bool:
         """Note that the request's replica died; False when that happens to it time and again, so that it may be why."""

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.client import EngineError
 from shoal.engine.messages import Failure
 from shoal.launcher.bootstrap import EngineBootstrap
@@ -90,6 +91,11 @@ class EngineReplica(ReplicaHandle):
         """From the engine's last word, or its silence."""
         assert self._client is not None, "it was ready"
         return await self._client.failed()
+
+    def watch_cache(self, on_cache: Callable[[CacheChanges], None]) -> None:
+        """From the engine's messages."""
+        assert self._client is not None, "it was ready"
+        self._client.on_cache = on_cache
 
     def rank_health(self) -> list[RankHealth]:
         """From the engine's last beat."""

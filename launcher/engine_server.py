@@ -31,8 +31,19 @@ class EngineServer:
         self._selector.register(front, selectors.EVENT_READ)
         self._selector.register(executor, selectors.EVENT_READ)
 
+    @property
+    def live(self) -> list[str]:
+        """Requests that were accepted and have not ended."""
+        return sorted(self._live)
+
     def run(self) -> int:
         """Serve until told to shut down (0) or the core failed (1). Raises ControlError when the front end is gone."""
+        try:
+            return self._run()
+        finally:
+            self._selector.close()
+
+    def _run(self) -> int:
         core = self._core
         while not self._shutdown and core.failure is None:
             if not core.has_work:
@@ -41,7 +52,9 @@ class EngineServer:
             for message in self._front.poll():
                 self._handle(message)
             if core.has_work:
-                self._deliver(core.step())
+                deltas = core.step()
+                self._tell_cache()
+                self._deliver(deltas)
             self._answer_drain()
         if core.failure is None:
             return 0
@@ -97,6 +110,12 @@ class EngineServer:
         if deltas:
             self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
             self._front.send(Outputs(deltas=deltas), SEND_TIMEOUT_S)
+
+    def _tell_cache(self) -> None:
+        """Before the tokens of prompts: whoever sees the first token knows what of the prompt is cached."""
+        changes = self._core.cache_changes()
+        if changes is not None:
+            self._front.send(changes, SEND_TIMEOUT_S)
 
     def _answer_drain(self) -> None:
         """Say when nothing runs any more, or the drain's time is over. Nothing new is taken afterwards either."""

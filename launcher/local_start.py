@@ -127,4 +127,4 @@ def make_replica(
 
 def device_of(config: ShoalConfig, local_rank: int) -> str:
     """The device of a host's rank."""
-    return f"cuda:{local_rank}" if config.runtime.device == "cuda" else "cpu"
+    return f"cuda:{local_rank // config.parallel.ranks_per_device}" if config.runtime.device == "cuda" else "cpu"

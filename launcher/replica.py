@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import OutputDelta, Request
 from shoal.launcher.replica_messages import RankHealth, Ready, Starting
@@ -46,6 +47,10 @@ class ReplicaHandle(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """End all its processes within launcher.stop_timeout_s and a little. Idempotent, at any time after `start`."""
+
+    def watch_cache(self, on_cache: Callable[[CacheChanges], None]) -> None:
+        """Have somebody told what its prefix cache gains and loses, once it was ready. Not every kind tells."""
+        return
 
     def places(self) -> list[RankPlace]:
         """Where its ranks run, as far as it is known."""

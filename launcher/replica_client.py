@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.messages import (
@@ -55,7 +56,7 @@ class _Stream:
 
 class ReplicaClient(EngineClient):
     """Talks to one engine process. Used from one event loop, the one that made it. beat: what the engine said last of
-    itself and its ranks.
+    itself and its ranks. on_cache: told what its prefix cache gained and lost.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ReplicaClient(EngineClient):
         self._failure: EngineError | None = None
         self._failed = asyncio.Event()
         self.beat = Beat()
+        self.on_cache: Callable[[CacheChanges], None] | None = None
         self._closing = False
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
@@ -204,6 +206,9 @@ class ReplicaClient(EngineClient):
                 _answer(self._stats, message)
             case Drained():
                 _answer(self._drains, message.unfinished)
+            case CacheChanges():
+                if self.on_cache is not None:
+                    self.on_cache(message)
             case Beat():
                 self.beat = message
             case LogText():

@@ -1,13 +1,14 @@
 """What a front end and the engine process of a replica say to each other, besides the engine's own messages. No torch.
 
 front end -> engine: Submit, Abort, Drain, StatsQuery, Shutdown engine -> front end: Listening, Starting, Ready or
-Refused; then Outputs, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
+Refused; then Outputs, CacheChanges, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
 """
 
 from typing import Literal
 
 import msgspec
 
+from shoal.engine.cache_log import CacheChanges
 from shoal.engine.executor import Capacity
 from shoal.engine.messages import (
     Abort,
@@ -108,10 +109,25 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """End the ranks, then the engine process."""
 
 
+class Renew(Message, frozen=True, kw_only=True):
+    """The front end of a detached controller lives: its requests go on (see `shoal.launcher.controller_door`)."""
+
+
 FromEngine = (
-    Listening | Starting | Ready | Refused | Outputs | Rejected | Drained | EngineStats | Beat | LogText | Failure
+    Listening
+    | Starting
+    | Ready
+    | Refused
+    | Outputs
+    | CacheChanges
+    | Rejected
+    | Drained
+    | EngineStats
+    | Beat
+    | LogText
+    | Failure
 )
-ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown
+ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown | Renew
 
 FROM_ENGINE: "msgspec.msgpack.Decoder[FromEngine]" = msgspec.msgpack.Decoder(FromEngine)
 TO_ENGINE: "msgspec.msgpack.Decoder[ToEngine]" = msgspec.msgpack.Decoder(ToEngine)

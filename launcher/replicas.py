@@ -2,11 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 
+from shoal.configs.schema import ShoalConfig
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.dispatch import Limits
+from shoal.launcher.prefix_routing import PrefixRouting
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
 from shoal.launcher.replica_slot import RestartPolicy
+from shoal.launcher.routing import LeastLoaded, RoundRobin, Routing
 from shoal.launcher.settle import Settled
 from shoal.launcher.started import StartedEngine
 
@@ -29,6 +32,17 @@ def controller_options(settled: Settled, *, rebuild: bool = True) -> ControllerO
     )
 
 
+def make_routing(config: ShoalConfig) -> Routing:
+    """What launcher.routing says. Without a prefix cache there is nothing to route by but the load."""
+    match config.launcher.routing:
+        case "round_robin":
+            return RoundRobin()
+        case "prefix" if config.cache.enable_prefix_caching:
+            return PrefixRouting(config.cache.block_size, config.launcher.load_factor)
+        case _:
+            return LeastLoaded()
+
+
 async def start_replicas(
     factory: ReplicaFactory,
     settled: Settled,
@@ -42,7 +56,8 @@ async def start_replicas(
     Raises ValueError or EngineError, the first cause, after stopping every replica.
     """
     options = controller_options(settled, rebuild=rebuild)
-    controller = Controller(factory, settled.config.parallel.data, options, on_close=on_close)
+    routing = make_routing(settled.config)
+    controller = Controller(factory, settled.config.parallel.data, options, routing, on_close)
     readies = await controller.start(on_progress)
     max_model_len = min(ready.capacity.max_model_len for ready in readies)
     return StartedEngine(

@@ -31,10 +31,11 @@ class WaitingLine:
         await asyncio.wait([entry.turn], timeout=timeout_s)
 
     def leave(self, entry: Entry) -> None:
-        """The entry waits no more. Idempotent."""
-        if entry.turn is not None:
+        """The entry waits here no more. Idempotent; one that waits elsewhere, or nowhere, is no error."""
+        index = bisect_left(self._entries, entry.order, key=_order)
+        if index < len(self._entries) and self._entries[index] is entry:
             entry.turn = None
-            del self._entries[bisect_left(self._entries, entry.order, key=_order)]
+            del self._entries[index]
 
     def wake(self) -> None:
         """Something changed: the first may look whether there is a place."""

@@ -6,8 +6,7 @@ and a slow step from a hanging one, by what is written here: `count` grows with 
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,16 +44,15 @@ class Activity:
         """A layer is done."""
         self.count += 1
 
-    @contextmanager
-    def collective(self, what: str) -> Iterator[None]:
-        """While in a collective."""
+    def enter(self, what: str) -> None:
+        """In a collective from now on, until `leave`."""
         self.count += 1
         self.waiting = Waiting(what, time.monotonic())
-        try:
-            yield
-        finally:
-            self.waiting = None
-            self.count += 1
+
+    def leave(self) -> None:
+        """Out of it."""
+        self.waiting = None
+        self.count += 1
 
 
 class WatchedCommunicator(Communicator):
@@ -69,33 +67,51 @@ class WatchedCommunicator(Communicator):
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The inner one's."""
-        with self._activity.collective(self._all_reduce):
+        self._activity.enter(self._all_reduce)
+        try:
             return self._inner.all_reduce(tensor)
+        finally:
+            self._activity.leave()
 
     def all_gather(self, tensor: torch.Tensor, sizes: Sequence[int], dim: int = -1) -> torch.Tensor:
         """The inner one's."""
-        with self._activity.collective(self._all_gather):
+        self._activity.enter(self._all_gather)
+        try:
             return self._inner.all_gather(tensor, sizes, dim)
+        finally:
+            self._activity.leave()
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
         """The inner one's."""
-        with self._activity.collective(f"broadcast of group {self.name} from rank {self.global_ranks[root]}"):
+        self._activity.enter(f"broadcast of group {self.name} from rank {self.global_ranks[root]}")
+        try:
             return self._inner.broadcast(tensor, root)
+        finally:
+            self._activity.leave()
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """The inner one's."""
-        with self._activity.collective(f"send in group {self.name} to rank {self.global_ranks[to]}"):
+        self._activity.enter(f"send in group {self.name} to rank {self.global_ranks[to]}")
+        try:
             self._inner.send(tensor, to)
+        finally:
+            self._activity.leave()
 
     def recv(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """The inner one's."""
-        with self._activity.collective(f"recv in group {self.name} from rank {self.global_ranks[source]}"):
+        self._activity.enter(f"recv in group {self.name} from rank {self.global_ranks[source]}")
+        try:
             return self._inner.recv(tensor, source)
+        finally:
+            self._activity.leave()
 
     def barrier(self) -> None:
         """The inner one's."""
-        with self._activity.collective(self._barrier):
+        self._activity.enter(self._barrier)
+        try:
             self._inner.barrier()
+        finally:
+            self._activity.leave()
 
     def close(self) -> None:
         """The inner one's."""

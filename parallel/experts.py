@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.kernels.activation import gated_activation
+from shoal.kernels.activation import KINDS, gated_activation
 from shoal.kernels.build import native_library
+from shoal.kernels.device import on_gpu
 from shoal.kernels.experts import NativeExperts
 from shoal.kernels.linear import linear
 from shoal.kernels.weight import Weight
@@ -52,6 +53,13 @@ class Experts:
 
         Returns [T, H] in x's dtype: zeros where none of a token's experts is held here.
         """
+        if on_gpu(x_TH) and isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+            from shoal.kernels.gpu.experts import launch_experts
+
+            kind, first = KINDS[self.activation], self.expert_range[0]
+            return launch_experts(
+                x_TH, self.gate_up, self.down, weights_TK, ids_TK, first, kind, deterministic=self.deterministic
+            )
         if self.native is not None:
             return self.native(x_TH, weights_TK, ids_TK)
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)

@@ -217,10 +217,10 @@ def test_an_id_is_in_use_until_its_last_delta_was_taken() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    core = make_core(max_queued_requests=2)
-    for name in "ab":
+    core = make_core(max_queued_requests=2, max_num_seqs=1)
+    for name in "abd":  # one of them has a seat, although no step has given it to it yet
         core.add(make_request(name, [1]))
-    with pytest.raises(QueueFull, match=r"2 requests wait already \(scheduler.max_queued_requests\)") as caught:
+    with pytest.raises(QueueFull, match=r"3 requests wait already \(scheduler.max_queued_requests\)") as caught:
         core.add(make_request("c", [1]))
     assert 1.0 <= caught.value.retry_after_s <= 60.0
     run(core)

@@ -10,10 +10,10 @@ import pytest
 
 from shoal.configs.schema import CacheConfig, ModelConfig, SchedulerConfig, ShoalConfig
 from shoal.engine.client import EngineClient, EngineError, QueueFull
-from shoal.engine.executor import CacheGroup, Capacity
+from shoal.engine.executor import CacheGroup, Capacity, ExecutorFailed
 from shoal.engine.fake_executor import StepLatency
 from shoal.engine.fake_model import FakeModel
-from shoal.engine.messages import EngineStats, OutputDelta, Request
+from shoal.engine.messages import EngineStats, OutputDelta, Request, StepPlan
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.dispatch import MAX_FRUITLESS, Limits
 from shoal.launcher.fake_replica import VOCAB_SIZE, FakeReplica, FakeReplicas
@@ -369,6 +369,37 @@ def test_a_request_under_which_every_replica_dies_is_given_up_and_the_replica_is
             assert "SIGSEGV" in (last.error or "")
             fine = request([1, 2], 5, "fine")
             assert (await collect(controller.submit(fine)))[0] == answer(fine)
+
+    run(body())
+
+
+def test_what_kills_replicas_is_found_among_many_and_the_others_are_served() -> None:
+    async def body() -> None:
+        async with fakes(1) as (controller, factory):
+
+            async def make(number: int) -> FakeReplica:
+                replica = await factory(number)
+                launch = replica.executor.launch
+
+                def dies_of_poison(plan: StepPlan) -> int:
+                    if any(row.request_id == "poison" for row in plan.rows):
+                        raise ExecutorFailed("killed by SIGSEGV", 0)
+                    return launch(plan)
+
+                replica.executor.launch = dies_of_poison  # type: ignore[method-assign]
+                return replica
+
+            controller._slots[0]._factory = make
+            factory.lives[0][0].kill()
+            wanted = [request([number], 40, f"r{number}") for number in range(7)]
+            wanted.insert(3, request([9, 9], 40, "poison"))
+            results = await asyncio.gather(*(collect(controller.submit(each)) for each in wanted))
+            for each, (tokens, last) in zip(wanted, results, strict=True):
+                if each.request_id == "poison":
+                    assert last.finish_reason == "error" and "5 replicas in a row" in (last.error or "")
+                else:
+                    assert tokens == answer(each) and last.finish_reason == "length"
+            assert (await controller.status()).lost == 1
 
     run(body())
 

@@ -16,7 +16,7 @@ from shoal.launcher.controller import Controller
 from shoal.launcher.local import LocalProcesses
 from shoal.launcher.local_start import LocalFactory
 from shoal.launcher.processes import PRELOAD, Zygote
-from shoal.launcher.replicas import controller_options
+from shoal.launcher.replicas import controller_options, make_routing
 from shoal.launcher.settle import Host, settle
 from tests.launcher.fake_worker import HANG, SPEC, WORKER, config
 from tests.launcher.harness import collect, expected, group_of, processes_tagged, request, run, until
@@ -28,7 +28,7 @@ async def controlled(zygote: Zygote, settings: ShoalConfig) -> AsyncIterator[Con
     settled = settle(settings, SPEC, Host(gpus=0, native=True, ranks=settings.world_size))
     model = Model(config=settled.config, spec=SPEC, model_dir=None, worker=WORKER)
     factory = LocalFactory(LocalProcesses(zygote, 60.0), settled, model, fingerprint(settings, SPEC))
-    controller = Controller(factory, settings.parallel.data, controller_options(settled))
+    controller = Controller(factory, settings.parallel.data, controller_options(settled), make_routing(settings))
     try:
         await controller.start()
         yield controller

@@ -1,0 +1,226 @@
+"""Journal: what a detached controller has accepted and emitted, in a file, so that its successor goes on from there.
+
+A record is a length, a checksum and a msgpack message, appended by one write: a killed writer leaves whole records and
+at most one torn at the end, which is cut off. Writes are in the kernel's hands when a call returns, so they outlive the
+process; `sync` waits for the disk, for a host that loses power. The file stays bounded: what has ended is left out by
+rewriting it (`os.replace`) when it grows past max_bytes, and new requests are refused while even that would not do.
+"""
+
+import fcntl
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from shoal.engine.client import QueueFull
+from shoal.engine.messages import Message, Request, TokenLogprobs
+
+HEADER_BYTES = 8
+RECORD_LIMIT = 64 << 20
+RETRY_S = 1.0
+
+
+class Accepted(Message, frozen=True, kw_only=True):
+    """A request, with its seed and what it had emitted when it was accepted (again)."""
+
+    request: Request
+
+
+class Emitted(Message, frozen=True, kw_only=True):
+    """Tokens of a request from absolute output position `start` on, about to be delivered."""
+
+    request_id: str
+    start: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Ended(Message, frozen=True, kw_only=True):
+    """Nothing more will come of the request."""
+
+    request_id: str
+
+
+Entry = Accepted | Emitted | Ended
+_DECODER: "msgspec.msgpack.Decoder[Entry]" = msgspec.msgpack.Decoder(Entry)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class Kept(msgspec.Struct):
+    """A live request. token_ids, logprobs: its whole output so far (logprobs may be shorter: what was there before)."""
+
+    request: Request
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
+
+    def resumed(self) -> Request:
+        """The request as it goes on."""
+        return msgspec.structs.replace(self.request, emitted_token_ids=list(self.token_ids))
+
+
+def frame(entry: Entry) -> bytes:
+    """A record. Raises ValueError over RECORD_LIMIT."""
+    payload = _ENCODER.encode(entry)
+    if len(payload) > RECORD_LIMIT:
+        raise ValueError(f"a {type(entry).__name__} of {len(payload)} bytes exceeds the journal's limit {RECORD_LIMIT}")
+    return len(payload).to_bytes(4, "big") + zlib.crc32(payload).to_bytes(4, "big") + payload
+
+
+def read_records(data: bytes) -> tuple[list[Entry], int]:
+    """The whole records at the front of a journal, and how many bytes they take: what follows is torn."""
+    entries: list[Entry] = []
+    at = 0
+    while at + HEADER_BYTES <= len(data):
+        size, checksum = int.from_bytes(data[at : at + 4], "big"), int.from_bytes(data[at + 4 : at + 8], "big")
+        payload = data[at + HEADER_BYTES : at + HEADER_BYTES + size]
+        if len(payload) < size or zlib.crc32(payload) != checksum:
+            break
+        try:
+            entries.append(_DECODER.decode(payload))
+        except msgspec.DecodeError:
+            break
+        at += HEADER_BYTES + size
+    return entries, at
+
+
+class Journal:
+    """One writer. live: the requests that have not ended, by id, those of an earlier writer included. torn_bytes: what
+    was cut off at the end when it was opened.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = 64 << 20, sync: bool = False) -> None:
+        """Open, or make, a journal. Raises ValueError when another process writes it, OSError."""
+        self.path, self.max_bytes, self._sync = path, max_bytes, sync
+        self.live: dict[str, Kept] = {}
+        self._fd = self._open(path)
+        try:
+            data = path.read_bytes()
+            entries, whole = read_records(data)
+            self.torn_bytes = len(data) - whole
+            os.ftruncate(self._fd, whole)
+            self._bytes = whole
+            for entry in entries:
+                self._apply(entry)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise ValueError(f"{path}: another controller writes this journal; end it, or give another file") from None
+        return fd
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        return self._bytes
+
+    def accepted(self, request: Request) -> None:
+        """Keep a request; acknowledge it afterwards. Raises QueueFull when live requests fill the journal, OSError."""
+        record = frame(Accepted(request=request))
+        if self._bytes + len(record) > self.max_bytes:
+            self.compact()
+            if self._bytes + len(record) > self.max_bytes:
+                raise QueueFull(
+                    f"the journal holds {self._bytes} bytes of {len(self.live)} live requests, its limit is "
+                    f"{self.max_bytes}: come back later, or raise the limit",
+                    RETRY_S,
+                )
+        self._append(Accepted(request=request), record)
+        if self._sync:
+            os.fdatasync(self._fd)
+
+    def emitted(
+        self, request_id: str, start: int, token_ids: Sequence[int], logprobs: list[TokenLogprobs] | None = None
+    ) -> None:
+        """Keep tokens before they are delivered; those of unknown requests are not kept. Raises OSError."""
+        if request_id in self.live and token_ids:
+            entry = Emitted(request_id=request_id, start=start, token_ids=list(token_ids), logprobs=logprobs)
+            self._append(entry, frame(entry))
+            self._compact_if_large()
+
+    def ended(self, request_id: str) -> None:
+        """A request needs to be kept no longer; unknown ones are no error. Raises OSError."""
+        if request_id in self.live:
+            entry = Ended(request_id=request_id)
+            self._append(entry, frame(entry))
+            self._compact_if_large()
+
+    def _append(self, entry: Entry, record: bytes) -> None:
+        """One write. A short one (a full disk) is taken back, so that the file holds whole records."""
+        written = os.write(self._fd, record)
+        if written < len(record):
+            os.ftruncate(self._fd, self._bytes)
+            raise OSError(f"{self.path}: the disk took {written} of {len(record)} bytes; is it full?")
+        self._bytes += written
+        self._apply(entry)
+
+    def _apply(self, entry: Entry) -> None:
+        match entry:
+            case Accepted():
+                before = self.live.get(entry.request.request_id)
+                logprobs = [] if before is None else before.logprobs
+                self.live[entry.request.request_id] = Kept(
+                    entry.request, list(entry.request.emitted_token_ids), logprobs
+                )
+            case Emitted() if entry.request_id in self.live:
+                kept = self.live[entry.request_id]
+                new = len(kept.token_ids) - entry.start
+                if new >= 0:
+                    kept.token_ids += entry.token_ids[new:]
+                    kept.logprobs += (entry.logprobs or [])[new:]
+            case Ended():
+                self.live.pop(entry.request_id, None)
+
+    def _compact_if_large(self) -> None:
+        """Growing past the limit rewrites the file, unless nothing would be won by it."""
+        if self._bytes > self.max_bytes and self._bytes > 2 * self._live_bytes_guess():
+            self.compact()
+
+    def _live_bytes_guess(self) -> int:
+        tokens = sum(len(kept.request.prompt_token_ids) + len(kept.token_ids) for kept in self.live.values())
+        logprobs = sum(len(kept.logprobs) for kept in self.live.values())
+        return 300 * len(self.live) + 5 * tokens + 30 * logprobs
+
+    def compact(self) -> None:
+        """Write what is live to a new file, which takes the old one's place at once. Raises OSError."""
+        temporary = self.path.with_name(self.path.name + ".new")
+        temporary.unlink(missing_ok=True)
+        fd = self._open(temporary)
+        try:
+            size = 0
+            for kept in self.live.values():
+                for record in _records(kept):
+                    size += os.write(fd, record)
+            os.fdatasync(fd)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(fd)
+            temporary.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd, self._bytes = fd, size
+
+    def close(self) -> None:
+        """Unlock it. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _records(kept: Kept) -> list[bytes]:
+    """A live request as few records."""
+    records = [frame(Accepted(request=kept.request))]
+    start = len(kept.request.emitted_token_ids)
+    if len(kept.token_ids) > start or kept.logprobs:
+        new, logprobs = kept.token_ids[start:], kept.logprobs or None
+        entry = Emitted(request_id=kept.request.request_id, start=start, token_ids=new, logprobs=logprobs)
+        records.append(frame(entry))
+    return records

@@ -1,0 +1,163 @@
+"""The journal: what was accepted and emitted is there after a kill at any byte; the file stays bounded."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.fake_executor import StepLatency
+from shoal.engine.messages import OutputDelta, TokenLogprobs
+from shoal.launcher.controller import Controller, ControllerOptions
+from shoal.launcher.dispatch import Limits
+from shoal.launcher.fake_replica import FakeReplicas
+from shoal.launcher.journal import Journal, Kept, read_records
+from shoal.launcher.orphans import Orphans
+from tests.launcher.harness import request, run, until
+from tests.launcher.test_controller import QUICK, answer, settings
+
+
+def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    scored = [TokenLogprobs([5, 6], [-0.5, -1.0], [1, 2])]
+    for name in ("a", "b", "c"):
+        journal.accepted(request([1, 2, 3], 9, name))
+    journal.emitted("a", 0, [5], scored)
+    journal.emitted("a", 1, [6, 7])
+    journal.emitted("a", 2, [7, 8])  # again, and one more
+    journal.emitted("unknown", 0, [1])
+    journal.ended("b")
+    with pytest.raises(ValueError, match="another controller writes"):
+        Journal(tmp_path / "j")
+    journal.close()
+    again = Journal(tmp_path / "j", sync=True)
+    assert list(again.live) == ["a", "c"] and again.torn_bytes == 0
+    assert again.live["a"] == Kept(request([1, 2, 3], 9, "a"), [5, 6, 7, 8], scored)
+    assert again.live["a"].resumed().emitted_token_ids == [5, 6, 7, 8]
+    again.accepted(again.live["a"].resumed())
+    assert again.live["a"].token_ids == [5, 6, 7, 8] and again.live["a"].logprobs == scored
+    again.close()
+
+
+def test_a_torn_or_damaged_end_is_cut_off_at_any_byte(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    ends = []
+    for number in range(4):
+        journal.accepted(request([number], 9, f"r{number}"))
+        ends.append(journal.size_bytes)
+    journal.close()
+    data = (tmp_path / "j").read_bytes()
+    for cut in range(len(data) + 1):
+        entries, whole = read_records(data[:cut])
+        assert whole == max([end for end in ends if end <= cut], default=0) and len(entries) == sum(
+            e <= cut for e in ends
+        )
+    damaged = bytearray(data)
+    damaged[ends[2] + 20] ^= 1
+    (tmp_path / "j").write_bytes(damaged)
+    again = Journal(tmp_path / "j")
+    assert list(again.live) == ["r0", "r1", "r2"] and again.torn_bytes == len(data) - ends[2]
+    again.accepted(request([9], 9, "new"))
+    again.close()
+    assert list(Journal(tmp_path / "j").live) == ["r0", "r1", "r2", "new"]
+
+
+def test_the_file_stays_bounded_and_keeps_what_lives(tmp_path: Path) -> None:
+    choose = random.Random(2)
+    journal = Journal(tmp_path / "j", max_bytes=20_000)
+    live: dict[str, list[int]] = {}
+    for number in range(2000):
+        name = f"r{number}"
+        journal.accepted(request([1] * 20, 9, name))
+        live[name] = []
+        for name in choose.sample(sorted(live), min(3, len(live))):
+            journal.emitted(name, len(live[name]), [number])
+            live[name].append(number)
+        while len(live) > 20:
+            name = choose.choice(sorted(live))
+            journal.ended(name)
+            del live[name]
+        assert (tmp_path / "j").stat().st_size == journal.size_bytes < 25_000
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert {name: kept.token_ids for name, kept in again.live.items()} == live
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j"]
+
+
+def test_a_journal_full_of_live_requests_refuses_new_ones(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", max_bytes=2000)
+    with pytest.raises(QueueFull, match="live requests"):
+        for number in range(100):
+            journal.accepted(request([1] * 50, 9, f"r{number}"))
+    for name in list(journal.live)[1:]:
+        journal.ended(name)
+    journal.accepted(request([2], 9, "new"))
+    assert len(journal.live) == 2
+
+
+async def controller_over(journal: Journal, step_s: float) -> Controller:
+    """A controller with one replica that writes this journal."""
+    options = ControllerOptions(limits=Limits(max_model_len=512), restarts=QUICK)
+    controller = Controller(FakeReplicas(settings(), StepLatency(base_s=step_s)), 1, options, journal=journal)
+    await controller.start()
+    return controller
+
+
+def test_a_new_controller_goes_on_from_the_journal_of_the_old_one(tmp_path: Path) -> None:
+    """The old one is gone in the middle: what its file held then is all there is."""
+
+    async def body() -> None:
+        wanted = [request([3, number], 120, f"r{number}", logprobs=1) for number in range(3)]
+        journal = Journal(tmp_path / "old")
+        old = await controller_over(journal, 0.002)
+        got: dict[str, list[int]] = {}
+
+        async def read(index: int) -> None:
+            async for delta in old.submit(wanted[index]):
+                got.setdefault(delta.request_id, []).extend(delta.token_ids)
+
+        readers = [asyncio.create_task(read(index)) for index in range(3)]
+        await until(lambda: all(len(got.get(f"r{number}", [])) > 20 for number in range(3)), "tokens")
+        (tmp_path / "new").write_bytes((tmp_path / "old").read_bytes())
+        delivered = {name: list(tokens) for name, tokens in got.items()}
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        await old.close()
+
+        journal = Journal(tmp_path / "new")
+        assert all(len(journal.live[name].token_ids) >= len(tokens) for name, tokens in delivered.items())
+        new = await controller_over(journal, 0.001)
+        orphans = Orphans(new, journal, grace_s=3.0)
+        orphans.start()
+        assert orphans.waiting == ["r0", "r1", "r2"]
+        for each in wanted[:2]:
+            tokens = delivered[each.request_id]
+            deltas: list[OutputDelta] = []
+            async for delta in orphans.attach(each.request_id, len(tokens)):
+                assert delta.start == len(tokens)
+                tokens += delta.token_ids
+                deltas.append(delta)
+            assert tokens == answer(each) and deltas[-1].finish_reason == "length"
+            assert sum(len(delta.logprobs or []) for delta in deltas) == sum(len(delta.token_ids) for delta in deltas)
+        with pytest.raises(EngineError, match="not kept"):
+            await anext(orphans.attach("r0", 0))
+        await until(lambda: orphans.waiting == [], "the third to be given up")
+        await orphans.close()
+        assert journal.live == {}
+        await new.close()
+
+    run(body())
+
+
+def test_a_request_is_not_accepted_when_it_cannot_be_kept(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = Journal(tmp_path / "j", max_bytes=500)
+        controller = await controller_over(journal, 0.001)
+        with pytest.raises(QueueFull, match="journal"):
+            await anext(controller.submit(request([1] * 400, 5, "large")))
+        assert (await controller.status()).live_requests == 0
+        await controller.close()
+
+    run(body())
