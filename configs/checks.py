@@ -130,6 +130,22 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
         )
 
 
+def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
+    launcher = config.launcher
+    for name in ("address", "ray_auth"):
+        if launcher.kind != "ray" and f"launcher.{name}" in given:
+            yield Problem(
+                key=f"launcher.{name}",
+                value=getattr(launcher, name),
+                message=f"is about Ray clusters, and launcher.kind is {launcher.kind}; use ray, or leave it out",
+            )
+    host, _, port = launcher.address.rpartition(":")
+    if launcher.address not in ("auto", "local") and not (host and port.isdigit()):
+        yield Problem(
+            key="launcher.address", value=launcher.address, message="must be auto, local, or host:port of a Ray head"
+        )
+
+
 def _collectives(kind: str, reason: str) -> Problem:
     return Problem(key="runtime.collectives", value=kind, message=f"these collectives {reason}")
 
@@ -178,5 +194,6 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device")),
+    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth")),
 )
 """Each check with the keys it reads."""

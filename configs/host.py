@@ -1,6 +1,8 @@
-"""What this host offers a process: cores it may use and memory it may still take. Containers' limits are counted in."""
+"""What this host is and offers a process: its identity, cores it may use, memory it may still take; containers' limits
+counted in."""
 
 import os
+from pathlib import Path
 
 UNLIMITED = 1 << 62
 CGROUP_FILES = (
@@ -32,3 +34,9 @@ def cgroup_available_bytes() -> int:
         except (OSError, ValueError):
             continue
     return UNLIMITED
+
+
+def host_id() -> str:
+    """Of this boot of this machine and this network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}/{os.stat('/proc/self/ns/pid').st_ino}"

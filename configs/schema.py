@@ -179,19 +179,50 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
     """How processes are started, and how long anything may take."""
 
     kind: Annotated[
-        Literal["auto", "inprocess", "local", "torchrun"],
+        Literal["auto", "inprocess", "local", "torchrun", "ray"],
         Meta(
             description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one "
             "rank, else local.",
             extra=_names("--launcher", keyword="launcher"),
         ),
     ] = "auto"
+    address: Annotated[
+        Text,
+        Meta(
+            description="The Ray cluster: host:port of its head, local for one of this process's own, auto for "
+            "RAY_ADDRESS or the one on this machine, else as local.",
+            extra=_names("--ray-address", keyword="ray_address"),
+        ),
+    ] = "auto"
+    ray_auth: Annotated[
+        Literal["auto", "token", "off"],
+        Meta(description="Ray's token authentication; auto keeps RAY_AUTH_MODE where it is set, else token."),
+    ] = "auto"
     start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[
         Seconds,
         Meta(description="Seconds one step, or one collective in it, may take."),
     ] = 120.0
+    hang_timeout_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds without a sign of life, or of progress in a step, after which a rank or engine hangs."
+        ),
+    ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
+    drain_timeout_s: Annotated[
+        Seconds,
+        Meta(description="Seconds what runs gets to finish when a replica is taken away or a command is told to end."),
+    ] = 30.0
+    max_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**31 - 1,
+            description="Lives of a replica in a row that may come to nothing before it is given up; 0: none is built "
+            "again.",
+        ),
+    ] = 5
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True):

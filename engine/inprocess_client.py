@@ -47,8 +47,13 @@ class InprocessClient(EngineClient):
         self._submitting: set[_Stream] = set()  # not looked at by the core yet
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
+        self._failed: Future[EngineError] = Future()
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
         self._thread.start()
+
+    async def failed(self) -> EngineError:
+        """Wait until the engine cannot serve any more; the first cause."""
+        return await asyncio.shield(asyncio.wrap_future(self._failed))
 
     async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
         """Accept a request and stream its deltas; see EngineClient."""
@@ -165,6 +170,8 @@ class InprocessClient(EngineClient):
                 self._ended = True
             self._run_commands(wait=False)
             self._deliver(core.step())
+            assert core.failure is not None
+            self._failed.set_result(core.failure)
 
     def _run_commands(self, *, wait: bool) -> None:
         with self._wake:

@@ -9,6 +9,7 @@ from shoal.engine.executor import Capacity, Executor
 from shoal.engine.messages import StepPlan, StepResult
 from shoal.engine.rank_links import RankLinks
 from shoal.engine.rank_messages import Ping
+from shoal.engine.rank_watch import LOOK_INTERVAL_S, RankWatch
 
 PING_INTERVAL_S = 60.0
 
@@ -39,8 +40,11 @@ class MultiRankExecutor(Executor):
             left = deadline - time.monotonic()
             if left <= 0:
                 cause = f"step {handle} gave no result within {timeout_s:g} s (launcher.step_timeout_s)"
-                self._links.fail(cause, self._links.stalest(), self._links.doing())
-            self._take(left)
+                self._links.fail(cause, self._links.watch.stalest(), self._links.watch.doing())
+            self._take(min(left, LOOK_INTERVAL_S))
+            if not self._results:
+                self._links.check_hang(waiting=True)
+        self._links.watch.step_done()
         result = self._results.popleft()
         if result.step != handle:
             self._links.fail(f"answered step {result.step} when step {handle} was due", self._sampling_rank)
@@ -56,6 +60,7 @@ class MultiRankExecutor(Executor):
     def health(self) -> None:
         """Look whether a rank has ended or failed; tell them now and then that the engine is there."""
         self._take(0.0)
+        self._links.check_hang(waiting=False)
         now = time.monotonic()
         if now >= self._next_ping:
             self._next_ping = now + PING_INTERVAL_S
@@ -64,6 +69,11 @@ class MultiRankExecutor(Executor):
     def stop(self) -> None:
         """End every rank."""
         self._links.stop(self._stop_timeout_s)
+
+    @property
+    def watch(self) -> RankWatch:
+        """What the ranks said last."""
+        return self._links.watch
 
     def fileno(self) -> int:
         """For selectors: readable when a rank has said something, so that `health` is worth a call."""

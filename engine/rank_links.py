@@ -11,16 +11,18 @@ import select
 import selectors
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import msgspec
 
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure, Stop
+from shoal.engine.rank_watch import RankWatch
 from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
 HEARING_S = 1.0
-STALE_HEARTBEAT_S = 3.0
+DUMP_WAIT_S = 0.5
 LOG_LINES = 30
 
 logger = logging.getLogger("shoal.ranks")
@@ -55,8 +57,14 @@ class Supervisor(ABC):
         """Wait until all have ended."""
 
     @abstractmethod
-    def kill(self) -> None:
-        """Kill all that still run, and wait until they are gone."""
+    def kill(self) -> list[RankExit]:
+        """Kill all that still run, and wait until they are gone; how they ended."""
+
+    def ask_for_stacks(self, ranks: list[int]) -> bool:
+        """Have ranks, also stopped ones, write the Python stacks of their threads to their logs; False when that cannot
+        be asked of them here.
+        """
+        return False
 
 
 def _end_of(log: str) -> str:
@@ -91,15 +99,22 @@ def first_cause(failures: list[RankFailure], exits: list[RankExit], hung_up: dic
 class RankLinks:
     """Channels to the ranks, indexed by replica rank, and their supervisor. Used by one thread."""
 
-    def __init__(self, channels: "list[Channel[FromRank]]", supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        channels: "list[Channel[FromRank]]",
+        supervisor: Supervisor,
+        hosts: Sequence[str] | None = None,
+        hang_timeout_s: float = 10.0,
+    ) -> None:
+        """hosts: of the ranks, in order, when they are known. hang_timeout_s: launcher's."""
         self.size = len(channels)
+        self.watch = RankWatch(hosts or [""] * self.size, hang_timeout_s)
         self._channels, self._supervisor = channels, supervisor
         self._selector = selectors.DefaultSelector()
         for rank, channel in enumerate(channels):
             self._selector.register(channel, selectors.EVENT_READ, rank)
         if supervisor.fileno() is not None:
             self._selector.register(supervisor, selectors.EVENT_READ, None)  # type: ignore[arg-type]
-        self._heard: dict[int, tuple[float, Heartbeat]] = {}
         self._hung_up: dict[int, str] = {}
         self._early: list[tuple[int, FromRank]] = []  # said while a broadcast was on its way
         self._failure: ExecutorFailed | None = None
@@ -121,7 +136,9 @@ class RankLinks:
         while unsent:
             left = deadline - time.monotonic()
             if left <= 0:
-                self.fail(f"did not take a {type(message).__name__} within {timeout_s:g} s", unsent[0], self.doing())
+                self.fail(
+                    f"did not take a {type(message).__name__} within {timeout_s:g} s", unsent[0], self.watch.doing()
+                )
             poller = select.poll()
             poller.register(self._selector.fileno(), select.POLLIN)
             for rank in unsent:
@@ -175,7 +192,7 @@ class RankLinks:
                 for message in self._channels[rank].poll():
                     match message:
                         case Heartbeat():
-                            self._heard[rank] = (time.monotonic(), message)
+                            self.watch.hear(rank, message)
                         case LogLine():
                             logger.log(message.level, "rank %d: %s", rank, message.text)
                         case RankFailure():
@@ -211,31 +228,31 @@ class RankLinks:
     def _end(self, failure: ExecutorFailed) -> ExecutorFailed:
         """Kill the group for this reason, unless there was one before; returns the first."""
         if self._failure is None:
-            self._failure = failure
+            self._failure = failure = self._on_host(failure)
             self._supervisor.kill()
             self.close()
         return self._failure
 
-    def stalest(self) -> int | None:
-        """The one rank that has been silent for seconds while others were not; None when there is no such one."""
-        now = time.monotonic()
-        silent = [
-            rank
-            for rank in range(self.size)
-            if rank not in self._heard or now - self._heard[rank][0] > STALE_HEARTBEAT_S
-        ]
-        return silent[0] if len(silent) == 1 else None
+    def _on_host(self, failure: ExecutorFailed) -> ExecutorFailed:
+        """The same with the rank's host, where it is known."""
+        host = "" if failure.rank is None else self.watch.hosts[failure.rank]
+        if not host or isinstance(failure, RankRefused):
+            return failure
+        return ExecutorFailed(f"{failure.cause} on {host}", failure.rank, failure.detail)
 
-    def doing(self) -> str:
-        """A line per rank: what its last heartbeat said, and when."""
-        lines, now = [], time.monotonic()
-        for rank in range(self.size):
-            if rank in self._heard:
-                moment, beat = self._heard[rank]
-                lines.append(f"rank {rank}: {beat.doing} since {beat.for_s:.1f} s, heard {now - moment:.1f} s ago")
-            else:
-                lines.append(f"rank {rank}: never heard")
-        return "\n".join(lines)
+    def check_hang(self, waiting: bool) -> None:
+        """Give the group up when a rank, or all together, hang. waiting: a step's result is due. Raises ExecutorFailed
+        with what each rank was doing, and the stack of the one to blame where it can be had.
+        """
+        hang = self.watch.hang(waiting)
+        if hang is None:
+            return
+        detail = self.watch.doing()
+        if hang.rank is not None and hang.silent and self._supervisor.ask_for_stacks([hang.rank]):
+            self._supervisor.wait(DUMP_WAIT_S)
+            logs = [exited.log for exited in self._supervisor.kill() if exited.rank == hang.rank]
+            detail += "".join(f"\nrank {hang.rank} wrote:\n{_end_of(log)}" for log in logs if log.strip())
+        self.fail(hang.cause, hang.rank, detail)
 
     def stop(self, timeout_s: float) -> None:
         """Ask every rank to end, kill those that have not after timeout_s. Idempotent."""

@@ -78,11 +78,20 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """What a rank is doing ("step 17"), and for how many seconds."""
+    """What a rank is doing ("in step 17"), and for how many seconds.
+
+    step: a step is under way. count: layers and collectives so far. waits: the collective it is in, with group and peer
+    ("" outside), and for how long. stack: where its main thread is, once it has been at the same for a while.
+    """
 
     rank: int
     doing: str
     for_s: float
+    step: bool = False
+    count: int = 0
+    waits: str = ""
+    waits_s: float = 0.0
+    stack: str = ""
 
 
 class LogLine(Message, frozen=True, kw_only=True):

@@ -1,1 +1,1 @@
-"""Command line, bring-up (in-process, local, torchrun), router and supervision."""
+"""Command line, bring-up (in-process, local, torchrun), controller and supervision."""

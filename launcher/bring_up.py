@@ -1,15 +1,17 @@
-"""start_engine: the one place that decides who starts the ranks (in this process, local processes, torchrun), and does
-it.
+"""start_engine: the one place that decides who starts the ranks (in this process, local processes, torchrun, Ray), and
+does it.
 
 A front end of several ranks imports no torch: the zygote does, while this process goes on. Whatever fails, nothing is
 left running.
 """
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 
 from shoal.configs.resolved import ResolvedConfig
+from shoal.configs.schema import RuntimeConfig
 from shoal.launcher.kinds import choose_launcher
 from shoal.launcher.replica import Progress
 from shoal.launcher.started import StartedEngine
@@ -28,6 +30,8 @@ async def start_engine(
     fails; cancelling it, or any failure, ends what was started.
     """
     config = resolved.config
+    if config.runtime.log_level != RuntimeConfig().log_level:  # only when asked for: it is the caller's process
+        logging.getLogger("shoal").setLevel(config.runtime.log_level.upper())
     if model_dir is None:
         raise ValueError("model.path is not set: give a folder with config.json, a Hugging Face hub id, or demo")
     spec, family = await asyncio.to_thread(load_spec, model_dir)
@@ -49,3 +53,7 @@ async def start_engine(
             from shoal.launcher.torchrun_start import start_torchrun
 
             return await start_torchrun(config, spec, model_dir, on_progress)
+        case "ray":
+            from shoal.launcher.ray_start import start_ray
+
+            return await start_ray(config, spec, model_dir, on_progress)

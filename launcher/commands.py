@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from shoal.launcher.arguments import Once
+
 ALL_SECTIONS = ("parallel", "model", "cache", "scheduler", "runtime", "launcher")
 
 _CHAT_SAMPLING = (
@@ -68,15 +70,41 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
     parser.add_argument(
         "--prompts",
+        action=Once,
         metavar="FILE",
         help="Prompts from a file: one a line, or JSON objects in a .jsonl file (prompt, prompt_token_ids or messages, "
         "and sampling parameters); - reads standard input.",
     )
     parser.add_argument(
         "--output",
+        action=Once,
         metavar="FILE",
         help="Write JSON Lines (id, prompt, text, token_ids, finish_reason, usage) to a file.",
     )
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN.jsonl", help="Requests in OpenAI's batch format, one a line.")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT.jsonl", help="Where answers are appended; those in it are kept."
+    )
+
+
+def _add_chaos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=_amount, default=2.0, metavar="X", help="How long faults go on. (default: 2)")
+    parser.add_argument("--count", type=_count, metavar="N", help="End after this many faults instead.")
+    parser.add_argument("--pause", type=_amount, default=3.0, metavar="S", help="Mean seconds between. (default: 3)")
+    parser.add_argument("--streams", type=_count, default=16, metavar="N", help="Requests at a time. (default: 16)")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="Send at least so many. (default: 0)")
+    parser.add_argument("--pool", type=_count, default=64, metavar="N", help="Different requests. (default: 64)")
+    parser.add_argument("--max-output", type=_count, default=96, metavar="N", help="Longest output. (default: 96)")
+    parser.add_argument(
+        "--faults",
+        default="kill-rank,kill-engine,stop-rank,stop-engine",
+        metavar="KIND,...",
+        help="Of kill-rank, kill-engine, stop-rank, stop-engine. (default: all)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="Write the report to a file.")
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +134,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="Write every number to a file.")
     parser.add_argument("--plot", metavar="FILE", help="Draw the distributions of TTFT and ITL (needs matplotlib).")
+
+
+def _amount(text: str) -> float:
+    """An argument's positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
 
 
 def _count(text: str) -> int:
@@ -143,6 +182,20 @@ _CHAT = Command(
     ),
     sampling=_CHAT_SAMPLING,
     defaults={"sampling.max_tokens": "what the context holds"},
+)
+_BATCH = Command(
+    name="batch",
+    add_arguments=_add_batch,
+    summary="a file of requests in OpenAI's batch format, answered",
+    usage="batch IN.jsonl [MODEL] -o OUT.jsonl [flags]",
+    description="Answers chats and completions of OpenAI's batch format. Killed and started again it goes on:\n"
+    "no line is lost or answered twice. SIGTERM finishes what runs; a second one ends now.",
+    examples=(
+        ("shoal batch in.jsonl demo -o out.jsonl", "the model that comes with Shoal"),
+        ("shoal batch in.jsonl -o out.jsonl --model ./llama --config tp2_dp2", "two replicas of two processes"),
+    ),
+    sampling=_GENERATE_SAMPLING,
+    default_model="demo",
 )
 _EXPLAIN = Command(
     name="explain",
@@ -183,4 +236,21 @@ _BENCH = Command(
     ),
 )
 
-COMMANDS: Mapping[str, Command] = {command.name: command for command in (_GENERATE, _CHAT, _EXPLAIN, _DOCTOR, _BENCH)}
+_CHAOS = Command(
+    name="chaos",
+    add_arguments=_add_chaos,
+    summary="a fault drill: kill and stop processes under load, compare every stream",
+    usage="chaos MODEL [--config PATH|NAME] [--seed N] [--minutes X] [flags]",
+    description="Kills and stops ranks and engines while streams decode; the schedule follows from --seed.\n"
+    "Reports what was lost (nothing may be), what diverged (nothing may with --deterministic), and how soon\nit was "
+    "mended.",
+    examples=(
+        ("shoal chaos demo --config tp2_dp2 --seed 7 --minutes 2 --deterministic", "two replicas of two ranks"),
+        ("shoal chaos demo -pp 2 --count 20 --faults kill-rank --json report.json", "twenty kills"),
+    ),
+    default_model="demo",
+)
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _CHAOS)
+}

@@ -7,6 +7,7 @@ has failed.
 
 import logging
 import os
+import platform
 import signal
 import time
 import traceback
@@ -14,11 +15,23 @@ import traceback
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.messages import Failure, Message
+from shoal.engine.rank_watch import RankWatch
 from shoal.launcher.bootstrap import ENGINE_BOOTSTRAP, EngineBootstrap
 from shoal.launcher.engine_server import EngineServer, FrontGone
 from shoal.launcher.processes import ZygoteConnection
 from shoal.launcher.rank_group import RankGroup
-from shoal.launcher.replica_messages import TO_ENGINE, Beat, Listening, LogText, Ready, Refused, Starting, ToEngine
+from shoal.launcher.replica_messages import (
+    TO_ENGINE,
+    Beat,
+    Listening,
+    LogText,
+    ProcessPlace,
+    RankHealth,
+    Ready,
+    Refused,
+    Starting,
+    ToEngine,
+)
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_connect import Listener, connect
 from shoal.parallel.control_heartbeat import Heartbeat
@@ -41,10 +54,11 @@ def run_engine(bootstrap: EngineBootstrap, zygote: ZygoteConnection) -> int:
     front = connect(bootstrap.front_address, bootstrap.key, TO_ENGINE, "the front end", CONNECT_TIMEOUT_S)
     handler = _ToFrontEnd(front)
     logging.basicConfig(level=bootstrap.model.config.runtime.log_level.upper(), handlers=[handler], force=True)
-    heart = Heartbeat(front, Beat, lambda: os._exit(1))  # a step may run for long; nobody wants its result any more
+    vital = _Vital()
+    heart = Heartbeat(front, vital.beat, lambda: os._exit(1))  # nobody wants a long step's result any more
     heart.start()
     try:
-        return _bring_up_and_serve(bootstrap, zygote, front)
+        return _bring_up_and_serve(bootstrap, zygote, front, vital)
     except (FrontGone, ControlError):
         return 1
     except Exception as error:  # noqa: BLE001 - told to the front end
@@ -56,18 +70,41 @@ def run_engine(bootstrap: EngineBootstrap, zygote: ZygoteConnection) -> int:
         front.close()
 
 
-def _bring_up_and_serve(bootstrap: EngineBootstrap, zygote: ZygoteConnection, front: "Channel[ToEngine]") -> int:
+class _Vital:
+    """What the heartbeat thread tells of the engine: of its ranks too, once they are there."""
+
+    def __init__(self) -> None:
+        self.core: EngineCore | None = None
+        self.watch: RankWatch | None = None
+
+    def beat(self) -> Beat:
+        """The message."""
+        core, watch = self.core, self.watch
+        if core is None or watch is None:
+            return Beat()
+        described = zip(watch.hosts, watch.describe(), strict=True)
+        ranks = [RankHealth(rank, host, *said) for rank, (host, said) in enumerate(described)]
+        return Beat(busy=core.has_work, step=core.scheduler.num_steps - 1, ranks=ranks)
+
+
+def _bring_up_and_serve(
+    bootstrap: EngineBootstrap, zygote: ZygoteConnection, front: "Channel[ToEngine]", vital: _Vital
+) -> int:
     """The engine's life. Returns its exit code."""
     config = bootstrap.model.config
     listener = Listener.unix() if bootstrap.listen_host is None else Listener.tcp(bootstrap.listen_host)
     front.send(Listening(address=listener.address), TELL_TIMEOUT_S)
     try:
-        executor, report = RankGroup(bootstrap, zygote, listener, _News(front)).executor()
+        group = RankGroup(bootstrap, zygote, listener, _News(front))
+        executor, report = group.executor()
     finally:
         listener.close()
     try:
-        core = EngineCore(config, executor)
-        front.send(Ready(capacity=executor.capacity, report=report), TELL_TIMEOUT_S)
+        core = vital.core = EngineCore(config, executor)
+        vital.watch = executor.watch
+        engine = ProcessPlace(platform.node(), os.getpid())
+        ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
+        front.send(ready, TELL_TIMEOUT_S)
         return EngineServer(core, front, executor).run()
     finally:
         executor.stop()

@@ -5,16 +5,29 @@ The front end listens, the engine connects; ranks are the engine's to start or t
 
 import asyncio
 import logging
+import os
+import platform
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 
 from shoal.engine.client import EngineError
 from shoal.engine.messages import Failure
 from shoal.launcher.bootstrap import EngineBootstrap
-from shoal.launcher.replica import Progress, ReplicaHandle
+from shoal.launcher.replica import Progress, RankPlace, ReplicaHandle
 from shoal.launcher.replica_client import ReplicaClient, failure_text
-from shoal.launcher.replica_messages import FROM_ENGINE, Beat, FromEngine, Listening, LogText, Ready, Refused, Starting
+from shoal.launcher.replica_messages import (
+    FROM_ENGINE,
+    Beat,
+    FromEngine,
+    Listening,
+    LogText,
+    RankHealth,
+    Ready,
+    Refused,
+    Starting,
+)
 from shoal.parallel.control import Channel, ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import Listener
@@ -44,6 +57,7 @@ class EngineReplica(ReplicaHandle):
         self._on_listening = on_listening
         self._channel: AsyncChannel[FromEngine] | None = None
         self._client: ReplicaClient | None = None
+        self._ready: Ready | None = None
 
     @abstractmethod
     def how_ended(self) -> str | None:
@@ -58,15 +72,56 @@ class EngineReplica(ReplicaHandle):
         deadline = time.monotonic() + timeout_s + START_SLACK_S
         try:
             self._channel = await self._accept(deadline)
-            ready = await self._follow_start(self._channel, deadline, on_progress)
+            ready = self._ready = await self._follow_start(self._channel, deadline, on_progress)
         except ControlTimeout:
             raise EngineError(f"{self._where}the start took longer than {timeout_s:g} s") from None
         except ControlError as error:
             raise EngineError(self._where + (await self.explain() or str(error))) from None
         self.client = self._client = ReplicaClient(
-            self._channel, where=self._where, explain=self.explain, stop=self.stop
+            self._channel,
+            where=self._where,
+            silence_s=self.bootstrap.model.config.launcher.hang_timeout_s,
+            explain=self.explain,
+            stop=self.stop,
         )
         return ready
+
+    async def failed(self) -> EngineError:
+        """From the engine's last word, or its silence."""
+        assert self._client is not None, "it was ready"
+        return await self._client.failed()
+
+    def rank_health(self) -> list[RankHealth]:
+        """From the engine's last beat."""
+        return [] if self._client is None else self._client.beat.ranks
+
+    def places(self) -> list[RankPlace]:
+        """Layers from the shards; hosts and processes as the ranks named them."""
+        processes = [] if self._ready is None else self._ready.ranks
+        return [
+            RankPlace(
+                rank=rank,
+                host=process.host,
+                pid=process.pid,
+                device=self.bootstrap.devices.get(rank, self.bootstrap.model.config.runtime.device),
+                layers=(shard.first_layer, shard.last_layer),
+            )
+            for rank, (shard, process) in enumerate(zip(self.bootstrap.shards, processes, strict=False))
+        ]
+
+    async def signal(self, rank: int | None, number: int) -> None:
+        """To a process of this host that is called as Shoal's are."""
+        ready = self._ready
+        if ready is None or ready.engine is None:
+            raise EngineError(f"{self._where}its processes are not known")
+        place = ready.engine if rank is None else ready.ranks[rank]
+        try:
+            if place.host == platform.node() and Path(f"/proc/{place.pid}/comm").read_text().startswith("shoal-"):
+                os.kill(place.pid, number)
+                return
+        except OSError:
+            pass  # it has ended
+        raise EngineError(f"{self._where}process {place.pid} on {place.host} is not to be reached from here")
 
     async def stop(self) -> None:
         """Ask the engine to end its ranks and itself, and wait for it a little."""

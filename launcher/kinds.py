@@ -1,4 +1,4 @@
-"""Who starts the ranks: this process, local processes, torchrun. Light: the command line asks it first."""
+"""Who starts the ranks: this process, local processes, torchrun, Ray. Light: the command line asks it first."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from shoal.configs.checks import is_torchrun
 from shoal.configs.schema import ShoalConfig
 
-Kind = Literal["inprocess", "local", "torchrun"]
+Kind = Literal["inprocess", "local", "torchrun", "ray"]
 
 
 def choose_launcher(config: ShoalConfig, environ: Mapping[str, str]) -> Kind:

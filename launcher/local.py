@@ -39,7 +39,7 @@ class LocalProcesses:
         self._zygote = zygote
         self._ended: dict[int, asyncio.Future[Exited]] = {}
         self._loop = asyncio.get_running_loop()
-        self._closed = False
+        self._closed = self._gone = False
         self._loading = asyncio.create_task(self._load(timeout_s))
 
     async def loaded(self) -> None:
@@ -50,6 +50,11 @@ class LocalProcesses:
     def cuda(self) -> bool:
         """Whether torch was built for GPUs; once loaded."""
         return self._zygote.cuda
+
+    @property
+    def gone(self) -> bool:
+        """Whether the zygote has died, and all its children with it."""
+        return self._gone
 
     async def _load(self, timeout_s: float) -> None:
         try:
@@ -72,12 +77,17 @@ class LocalProcesses:
         """Kill a child, and with it the children forked through it; one that has ended is no error."""
         self._zygote.connection.signal(child.process_id, signal.SIGKILL)
 
+    def pid_of(self, child: "Child") -> int | None:
+        """The process id, once the zygote has told it."""
+        return self._zygote.connection.pids.get(child.process_id)
+
     def _read(self) -> None:
         try:
             for exited in self._zygote.connection.poll():
                 self._tell(exited)
         except ControlError as error:
             self._loop.remove_reader(self._zygote.connection.fileno())
+            self._gone = True
             for process_id in list(self._ended):
                 self._tell(
                     Exited(

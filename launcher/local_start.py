@@ -40,11 +40,33 @@ async def start_local(
             model_dir=None if model_dir is None else str(model_dir),
             worker=worker,
         )
-        replicas = make_replicas(processes, settled, model, fingerprint(config, spec))
     except BaseException:
         await processes.close()
         raise
-    return await start_replicas(replicas, settled, on_progress, processes.close)
+    factory = LocalFactory(processes, settled, model, fingerprint(config, spec))
+    return await start_replicas(factory, settled, on_progress, factory.close)
+
+
+class LocalFactory:
+    """Makes handles of replicas on this host; starts a new zygote when the old one has died, with all its children."""
+
+    def __init__(self, processes: LocalProcesses, settled: Settled, model: Model, config_fingerprint: str) -> None:
+        self._processes, self._settled, self._model = processes, settled, model
+        self._fingerprint = config_fingerprint
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, number: int) -> LocalReplica:
+        """A handle for the next life of replica `number`. Raises EngineError."""
+        async with self._lock:
+            if self._processes.gone:
+                await self._processes.close()
+                self._processes = await start_processes(self._settled.config, self._model.worker)
+                await self._processes.loaded()
+        return make_replica(number, self._processes, self._settled, self._model, self._fingerprint)
+
+    async def close(self) -> None:
+        """End the zygote and what is left of its children."""
+        await self._processes.close()
 
 
 async def start_processes(config: ShoalConfig, worker: str = WORKER) -> LocalProcesses:
@@ -81,30 +103,26 @@ async def count_gpus(processes: LocalProcesses, config: ShoalConfig) -> int:
         raise EngineError(f"torch could not count the GPUs:\n{log}") from None
 
 
-def make_replicas(
-    processes: LocalProcesses, settled: Settled, model: Model, config_fingerprint: str
-) -> list[LocalReplica]:
-    """Handles of all replicas, their listeners open."""
+def make_replica(
+    number: int, processes: LocalProcesses, settled: Settled, model: Model, config_fingerprint: str
+) -> LocalReplica:
+    """The handle of one replica, its listener open."""
     config, size = settled.config, settled.config.ranks_per_replica
-    shards = shard_model(model.spec, config.parallel)
     assert config.runtime.threads is not None, "settled"
-    replicas = []
-    for number in range(config.parallel.data):
-        listener = Listener.unix()
-        bootstrap = EngineBootstrap(
-            replica=number,
-            model=model,
-            shards=shards,
-            devices={rank: device_of(config, number * size + rank) for rank in range(size)},
-            ranks_per_device=settled.ranks_per_device,
-            threads=config.runtime.threads,
-            front_address=listener.address,
-            key=new_key(),
-            config_fingerprint=config_fingerprint,
-        )
-        where = f"replica {number}: " if config.parallel.data > 1 else ""
-        replicas.append(LocalReplica(processes, listener, bootstrap, where=where))
-    return replicas
+    listener = Listener.unix()
+    bootstrap = EngineBootstrap(
+        replica=number,
+        model=model,
+        shards=shard_model(model.spec, config.parallel),
+        devices={rank: device_of(config, number * size + rank) for rank in range(size)},
+        ranks_per_device=settled.ranks_per_device,
+        threads=config.runtime.threads,
+        front_address=listener.address,
+        key=new_key(),
+        config_fingerprint=config_fingerprint,
+    )
+    where = f"replica {number}: " if config.parallel.data > 1 else ""
+    return LocalReplica(processes, listener, bootstrap, where=where)
 
 
 def device_of(config: ShoalConfig, local_rank: int) -> str:

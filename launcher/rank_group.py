@@ -4,6 +4,7 @@ engine's side; no torch.
     Hello (all alike?) -> Begin -> Loading ... Loaded -> Profile -> Profiled -> Allocate (the minimum) -> CacheReady
 """
 
+import signal
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,10 +26,10 @@ from shoal.engine.rank_messages import (
 )
 from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.capacity import make_capacity
-from shoal.launcher.processes import ZygoteConnection, describe_exit
+from shoal.launcher.processes import STACK_SIGNAL, ZygoteConnection, describe_exit
 from shoal.launcher.rank_arrivals import RankArrivals, check_alike
 from shoal.launcher.rendezvous import Rendezvous, make_rendezvous
-from shoal.launcher.replica_messages import Starting
+from shoal.launcher.replica_messages import ProcessPlace, Starting
 from shoal.launcher.zygote_messages import Exited
 from shoal.model.ledger import MemoryReport, plan_cache
 from shoal.model.ledger_table import format_ledger
@@ -68,16 +69,27 @@ class LocalRanks(Supervisor):
         """Until all ended."""
         self._connection.wait(list(self._ranks), timeout_s)
 
-    def kill(self) -> None:
+    def kill(self) -> list[RankExit]:
         """Those that still run."""
-        self._connection.end(list(self._ranks), KILL_TIMEOUT_S)
+        return [self._describe(exited) for exited in self._connection.end(list(self._ranks), KILL_TIMEOUT_S)]
+
+    def ask_for_stacks(self, ranks: list[int]) -> bool:
+        """By signal: faulthandler's, then one that wakes a stopped process up to take it."""
+        found = [process_id for process_id, rank in self._ranks.items() if rank in ranks]
+        for process_id in found:
+            self._connection.signal(process_id, STACK_SIGNAL)
+            self._connection.signal(process_id, signal.SIGCONT)
+        return bool(found)
 
     def _describe(self, exited: Exited) -> RankExit:
         return RankExit(self._ranks[exited.process_id], describe_exit(exited), exited.log, exited.status < 0)
 
 
 class RankGroup:
-    """The ranks of one replica while they are brought up. `executor` does it all; each wait ends at start_timeout_s."""
+    """The ranks of one replica while they are brought up. `executor` does it all; each wait ends at start_timeout_s.
+
+    places: where the ranks' processes run, by rank, once they have come.
+    """
 
     def __init__(
         self,
@@ -93,6 +105,8 @@ class RankGroup:
         self._supervisor = LocalRanks(connection)
         self._deadline = time.monotonic() + self._config.launcher.start_timeout_s
         self._channels: list[Channel[FromRank]] = []
+        self._hosts: list[str] = []
+        self.places: list[ProcessPlace] = []
         self._links: RankLinks | None = None
         self._rendezvous: Rendezvous | None = None
 
@@ -101,7 +115,9 @@ class RankGroup:
         try:
             for rank, device in self._bootstrap.devices.items():
                 self._supervisor.start(self._rank_bootstrap(rank, device))
-            links = self._links = RankLinks(self._connected(), self._supervisor)
+            channels = self._connected()
+            limit_s = self._config.launcher.hang_timeout_s
+            links = self._links = RankLinks(channels, self._supervisor, self._hosts, limit_s)
             self._rendezvous = make_rendezvous(self._config, self._bootstrap.listen_host)
             links.broadcast(Begin(rendezvous=self._rendezvous.address), SEND_TIMEOUT_S)
             self._gather(links, Loaded, "loading")
@@ -150,7 +166,7 @@ class RankGroup:
         left = self._deadline - time.monotonic()
         if left <= 0:
             limit = self._config.launcher.start_timeout_s
-            detail = "" if self._links is None else self._links.doing()
+            detail = "" if self._links is None else self._links.watch.doing()
             raise ExecutorFailed(
                 f"the start took longer than launcher.start_timeout_s = {limit:g}: {missing}", None, detail
             )
@@ -165,7 +181,10 @@ class RankGroup:
 
         arrivals = RankArrivals(self._listener, self._bootstrap.key, self._size, self._supervisor).wait(left)
         self._channels = [channel for channel, _ in arrivals]
-        check_alike([hello for _, hello in arrivals], self._bootstrap.config_fingerprint)
+        hellos = [hello for _, hello in arrivals]
+        check_alike(hellos, self._bootstrap.config_fingerprint)
+        self._hosts = [hello.host for hello in hellos]
+        self.places = [ProcessPlace(hello.host, hello.pid) for hello in hellos]
         return self._channels
 
     def _profiled(self, links: RankLinks) -> list[MemoryReport]:

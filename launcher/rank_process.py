@@ -9,6 +9,8 @@ import logging
 import os
 import platform
 import signal
+import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -36,7 +38,9 @@ from shoal.engine.rank_messages import (
 )
 from shoal.kernels.build import NativeLibrary, load_native
 from shoal.launcher.bootstrap import RANK_BOOTSTRAP, RankBootstrap, versions
+from shoal.launcher.processes import STACK_SIGNAL
 from shoal.launcher.zygote import resolve
+from shoal.parallel.activity import Activity, watch_mesh
 from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_connect import connect
@@ -46,6 +50,8 @@ from shoal.parallel.mesh import Mesh, make_mesh
 IDLE_TIMEOUT_S = 3600.0  # an idle engine pings every minute; one that died is noticed by its hangup, at once
 PROGRESS_INTERVAL_S = 0.1
 MAX_LOG_CHARS = 4096
+STACK_AFTER_S = 2.0
+STACK_FRAMES = 8
 
 
 def main(payload: bytes, supervisor_fd: int | None) -> None:
@@ -57,6 +63,7 @@ def run_rank(bootstrap: RankBootstrap) -> int:
     """Be a rank until the engine says stop (0), is gone, or something fails (1)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides when ranks end
     faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
     start_timeout_s = bootstrap.model.config.launcher.start_timeout_s
     channel = connect(bootstrap.address, bootstrap.key, TO_RANK, "the engine", min(30.0, start_timeout_s))
     rank = _Rank(bootstrap, channel)
@@ -85,13 +92,24 @@ class _Rank:
         self._config = bootstrap.model.config
         self._worker: Any = None
         self._mesh: Mesh | None = None
-        self._doing, self._since = "starting", time.monotonic()
+        self._activity = Activity()
         self._next_progress = 0.0
-        self._serving = False
+        self._serving = self._in_step = False
 
     def heartbeat(self) -> Heartbeat:
         """What to tell the engine now."""
-        return Heartbeat(rank=self._bootstrap.rank, doing=self._doing, for_s=time.monotonic() - self._since)
+        now, at = time.monotonic(), self._activity
+        waiting, for_s = at.waiting, now - at.since
+        return Heartbeat(
+            rank=self._bootstrap.rank,
+            doing=at.doing,
+            for_s=for_s,
+            step=self._in_step,
+            count=at.count,
+            waits="" if waiting is None else waiting.what,
+            waits_s=0.0 if waiting is None else now - waiting.since,
+            stack=main_stack() if for_s > STACK_AFTER_S and self._in_step else "",
+        )
 
     def serve(self) -> None:
         """All of the rank's life. Raises what the worker raises, ControlError when the engine is gone."""
@@ -107,7 +125,7 @@ class _Rank:
             message = self._channel.receive(IDLE_TIMEOUT_S)
             match message:
                 case StepPlan():
-                    self._now(f"in step {message.step}")
+                    self._now(f"in step {message.step}", in_step=True)
                     result = self._worker.run(message)
                     if result is not None:
                         self._channel.send(result, limits.step_timeout_s)
@@ -156,7 +174,7 @@ class _Rank:
         boot, config = self._bootstrap, self._config
         make_worker = resolve(boot.model.worker)
         self._now(f"joining the other ranks ({config.runtime.collectives})")
-        mesh = self._mesh = make_mesh(
+        made = make_mesh(
             config.runtime.collectives,
             boot.rank,
             config.parallel.tensor,
@@ -167,10 +185,12 @@ class _Rank:
             native,
             boot.device,
         )
+        mesh = self._mesh = watch_mesh(made, self._activity)
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)
         self._worker = make_worker(config, boot.model.spec, boot.shard, mesh, model_dir, torch.device(boot.device))
         self._now("loading weights")
         self._worker.load(self._progress)
+        self._worker.on_layer(self._activity.tick)
         self._channel.send(Loaded(rank=boot.rank))
 
     def _progress(self, done: int, total: int) -> None:
@@ -179,15 +199,16 @@ class _Rank:
             self._next_progress = now + PROGRESS_INTERVAL_S
             self._channel.try_send(Loading(rank=self._bootstrap.rank, done=done, total=total))
 
-    def _now(self, doing: str) -> None:
-        self._doing, self._since = doing, time.monotonic()
+    def _now(self, doing: str, in_step: bool = False) -> None:
+        self._in_step = in_step
+        self._activity.begin(doing)
 
     def fail(self, error: Exception) -> None:
         """Tell the engine why this rank ends, and the log in case the engine cannot be told."""
         detail = "".join(traceback.format_exception(error))
         print(detail, flush=True)
         kind: Literal["error", "consequence", "refusal"] = "error"
-        cause = f"{type(error).__name__} while {self._doing}: {error}"
+        cause = f"{type(error).__name__} while {self._activity.doing}: {error}"
         if isinstance(error, CollectiveError):
             kind = "consequence"
         elif isinstance(error, ValueError) and not self._serving:
@@ -207,6 +228,14 @@ class _Rank:
                 self._worker.close()
             except Exception:  # noqa: BLE001 - the process ends now
                 traceback.print_exc()
+
+
+def main_stack() -> str:
+    """Where the main thread is: the innermost STACK_FRAMES frames, the last call last."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return ""
+    return "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
 
 
 class _ToEngine(logging.Handler):

@@ -23,12 +23,11 @@ from shoal.engine.messages import (
     StatsQuery,
     Submit,
 )
-from shoal.launcher.replica_messages import FromEngine, LogText, Outputs, Rejected, Shutdown
+from shoal.launcher.replica_messages import Beat, FromEngine, LogText, Outputs, Rejected, Shutdown
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 
-SILENCE_S = 10.0
-MAX_SILENCES = 3  # of SILENCE_S in a row, then the engine counts as hung: it beats every second
+SECOND_LOOK_S = 0.5  # after a silence: it may have been this process that was suspended
 DRAIN_SLACK_S = 30.0
 
 logger = logging.getLogger("shoal")
@@ -55,30 +54,43 @@ class _Stream:
 
 
 class ReplicaClient(EngineClient):
-    """Talks to one engine process. Used from one event loop, the one that made it."""
+    """Talks to one engine process. Used from one event loop, the one that made it. beat: what the engine said last of
+    itself and its ranks.
+    """
 
     def __init__(
         self,
         channel: "AsyncChannel[FromEngine]",
         *,
         where: str,
+        silence_s: float,
         explain: Callable[[], Awaitable[str]],
         stop: Callable[[], Awaitable[None]],
     ) -> None:
-        """where: put before errors ("replica 1: ", or nothing). explain: how the engine process ended, in words; called
+        """where: put before errors ("replica 1: ", or nothing). silence_s: after which the engine, which beats every
+        second, counts as hung (launcher.hang_timeout_s). explain: how the engine process ended, in words; called
         when the channel closes without a Failure. stop: ends the replica's processes (`close` calls it).
         """
         self._channel, self._where, self._explain, self._stop = channel, where, explain, stop
+        self._silence_s = silence_s
         self._streams: dict[str, _Stream] = {}
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._drains: deque[asyncio.Future[list[str]]] = deque()
         self._failure: EngineError | None = None
+        self._failed = asyncio.Event()
+        self.beat = Beat()
         self._closing = False
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
     def failure(self) -> EngineError | None:
         """The first cause when the replica cannot serve any more."""
+        return self._failure
+
+    async def failed(self) -> EngineError:
+        """Wait until the replica cannot serve any more; the first cause."""
+        await self._failed.wait()
+        assert self._failure is not None
         return self._failure
 
     async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
@@ -163,18 +175,16 @@ class ReplicaClient(EngineClient):
 
     async def _read(self) -> None:
         """Take messages until the end, whatever it is, and tell everybody who waits."""
-        silences = 0
         try:
             while self._failure is None:
                 try:
-                    message = await self._channel.receive(SILENCE_S)
+                    message = await self._channel.receive(self._silence_s)
                 except ControlTimeout:
-                    silences += 1
-                    if silences < MAX_SILENCES:
-                        continue
-                    raise
-                silences = 0
+                    message = await self._channel.receive(SECOND_LOOK_S)
                 self._take(message)
+        except ControlTimeout:
+            limit = f"{self._silence_s:g} s (launcher.hang_timeout_s)"
+            self._fail(EngineError(f"{self._where}the engine process gave no sign of life for {limit}"))
         except ControlError as error:
             how = "the engine was closed" if self._closing else await self._explain() or f"the engine is gone: {error}"
             self._fail(EngineError(self._where + how))
@@ -194,6 +204,8 @@ class ReplicaClient(EngineClient):
                 _answer(self._stats, message)
             case Drained():
                 _answer(self._drains, message.unfinished)
+            case Beat():
+                self.beat = message
             case LogText():
                 logger.log(message.level, "%s%s", self._where, message.text)
             case Failure():
@@ -213,6 +225,7 @@ class ReplicaClient(EngineClient):
         if self._failure is not None:
             return
         self._failure = error
+        self._failed.set()
         for request_id, stream in self._streams.items():
             last = OutputDelta(
                 request_id=request_id,

@@ -17,6 +17,7 @@ from shoal.engine.messages import (
     Failure,
     Message,
     OutputDelta,
+    Record,
     StatsQuery,
     Submit,
 )
@@ -36,11 +37,22 @@ class Starting(Message, frozen=True, kw_only=True):
     total: int = 0
 
 
+class ProcessPlace(Record, frozen=True):
+    """Where a process runs."""
+
+    host: str
+    pid: int
+
+
 class Ready(Message, frozen=True, kw_only=True):
-    """The replica takes requests. report: its memory table, as text."""
+    """The replica takes requests. report: its memory table, as text. engine, ranks: their processes, when there are
+    any of their own.
+    """
 
     capacity: Capacity
     report: str
+    engine: ProcessPlace | None = None
+    ranks: list[ProcessPlace] = msgspec.field(default_factory=list)
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -64,8 +76,25 @@ class Rejected(Message, frozen=True, kw_only=True):
     retry_after_s: float = 0.0
 
 
+class RankHealth(Record, frozen=True):
+    """What a rank said last. doing: "in step 17", with the collective, its group and the peer where it waits in one.
+
+    for_s: how long it has been at that, when it said so. heard_s: how long ago that was.
+    """
+
+    rank: int
+    host: str
+    doing: str
+    for_s: float
+    heard_s: float
+
+
 class Beat(Message, frozen=True, kw_only=True):
-    """The engine process lives."""
+    """The engine process lives. busy: requests are under way. step: the last one launched, -1 before any."""
+
+    busy: bool = False
+    step: int = -1
+    ranks: list[RankHealth] = msgspec.field(default_factory=list)
 
 
 class LogText(Message, frozen=True, kw_only=True):

@@ -1,52 +1,56 @@
-"""Bringing up several replicas at once, and the one client in front of them."""
+"""Bringing up the replicas of a launch, and the controller in front of them."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from shoal.engine.client import EngineClient
-from shoal.launcher.replica import Progress, ReplicaHandle
+from shoal.launcher.controller import Controller, ControllerOptions
+from shoal.launcher.dispatch import Limits
+from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
-from shoal.launcher.router import Router
+from shoal.launcher.replica_slot import RestartPolicy
 from shoal.launcher.settle import Settled
 from shoal.launcher.started import StartedEngine
 
 
+def controller_options(settled: Settled, *, rebuild: bool = True) -> ControllerOptions:
+    """What the settings say of a controller. rebuild: a replica that failed can be started again."""
+    config = settled.config
+    assert config.model.max_model_len is not None, "settled"
+    queued = config.scheduler.max_queued_requests
+    return ControllerOptions(
+        limits=Limits(
+            max_model_len=config.model.max_model_len,
+            max_in_flight=queued + config.scheduler.max_num_seqs,
+            max_waiting=queued,
+        ),
+        restarts=RestartPolicy(max_restarts=config.launcher.max_restarts if rebuild else 0),
+        start_timeout_s=config.launcher.start_timeout_s,
+        drain_timeout_s=config.launcher.drain_timeout_s,
+        seed=config.runtime.seed,
+    )
+
+
 async def start_replicas(
-    replicas: Sequence[ReplicaHandle],
+    factory: ReplicaFactory,
     settled: Settled,
     on_progress: Progress | None,
     on_close: Callable[[], Awaitable[None]],
+    *,
+    rebuild: bool = True,
 ) -> StartedEngine:
-    """Start all, wait until all take requests. on_close: called once everything is to end, by the client or a failure.
+    """Start all replicas and wait until all take requests. on_close: called once everything is to end.
 
     Raises ValueError or EngineError, the first cause, after stopping every replica.
     """
-    try:
-        readies = await _all_ready(replicas, settled.config.launcher.start_timeout_s, on_progress)
-    except BaseException:
-        await asyncio.gather(*(replica.stop() for replica in replicas), return_exceptions=True)
-        await on_close()
-        raise
+    options = controller_options(settled, rebuild=rebuild)
+    controller = Controller(factory, settled.config.parallel.data, options, on_close=on_close)
+    readies = await controller.start(on_progress)
     max_model_len = min(ready.capacity.max_model_len for ready in readies)
-    clients: list[EngineClient] = [replica.client for replica in replicas]
     return StartedEngine(
-        client=Router(clients, max_model_len, on_close),
+        client=controller,
         vocab_size=readies[0].capacity.vocab_size,
         max_model_len=max_model_len,
         report="\n".join([*settled.notes, *_tables(readies)]),
     )
-
-
-async def _all_ready(replicas: Sequence[ReplicaHandle], timeout_s: float, on_progress: Progress | None) -> list[Ready]:
-    for replica in replicas:
-        await replica.start()
-    tasks = [asyncio.ensure_future(replica.ready(timeout_s, on_progress)) for replica in replicas]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _tables(readies: Sequence[Ready]) -> list[str]:

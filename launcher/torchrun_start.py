@@ -82,14 +82,15 @@ async def start_torchrun(
         model = Model(
             config=settled.config, spec=spec, model_dir=None if model_dir is None else str(model_dir), worker=worker
         )
-        replicas = [
-            _replica(number, group, found[0], processes, store, settled, model, config_fingerprint)
-            for number, group in enumerate(groups)
-        ]
     except BaseException:
         await processes.close()
         raise
-    return await start_replicas(replicas, settled, on_progress, processes.close)
+
+    async def factory(number: int) -> EngineReplica:
+        return _replica(number, groups[number], found[0], processes, store, settled, model, config_fingerprint)
+
+    # torchrun owns the processes: it ends all of them with the first, so nothing can be built again from here.
+    return await start_replicas(factory, settled, on_progress, processes.close, rebuild=False)
 
 
 def _one_host(group: Sequence[Member]) -> bool:

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from shoal.configs.host import host_id
 from shoal.engine.client import EngineError
 from shoal.launcher.bootstrap import Model
 from shoal.model.shard import ModelShard
@@ -66,12 +66,6 @@ def read_world(environ: Mapping[str, str]) -> World:
         master=environ["MASTER_ADDR"],
         attempt=environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
-
-
-def host_id() -> str:
-    """Of this boot of this machine and this network namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def watch_parent() -> None:

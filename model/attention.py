@@ -6,6 +6,7 @@ with the feed-forward where both branches read the same input).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class AttentionMixer:
         self,
         spec: Attention,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,
@@ -42,7 +43,9 @@ class AttentionMixer:
         self.out_bias = self.out.bias
         device = params["qkv.weight"].device
         self.group_size = max(heads.q_to_kv.count(kv) for kv in range(heads.num_kv_heads))
+        # even groups only: what uniform_map gives
         uniform = list(heads.q_to_kv) == [head // self.group_size for head in range(heads.num_heads)]
+        uniform &= heads.num_heads == self.group_size * heads.num_kv_heads
         self.q_to_kv = None if uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
         self.sinks = params["sinks"].float() if spec.sinks else None
         self.head_norm = make_head_norm(spec, params)

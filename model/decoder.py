@@ -9,13 +9,16 @@ for the embedding, two per layer (one where both branches read the same input), 
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
+from shoal.model.fused import fuse_feed_forward, fuse_mixer
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -33,12 +36,12 @@ class DecoderLayer:
         self,
         spec: Layer,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,
     ) -> None:
-        self.group, self.parallel = group, spec.residual == "parallel"
+        self.group, self.residual = group, spec.residual
         self.mixer = AttentionMixer(spec.mixer, shard, scoped(params, "mixer."), group, deterministic=deterministic)
         ffn = scoped(params, "ffn.")
         self.ffn = make_feed_forward(spec.ffn, shard, ffn, group, deterministic=deterministic)
@@ -46,6 +49,8 @@ class DecoderLayer:
             make_norm(getattr(spec, name), params, name)
             for name in ("pre_mixer_norm", "post_mixer_norm", "pre_ffn_norm", "post_ffn_norm")
         )
+        self.fused_mixer = fuse_mixer(self.pre_mixer, self.mixer)
+        self.fused_ffn = fuse_feed_forward(self.pre_ffn, self.ffn)
 
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
@@ -55,7 +60,7 @@ class DecoderLayer:
                 out_TH += bias_H
         return out_TH
 
-    def __call__(
+    def mix(
         self,
         x_TH: torch.Tensor,
         branch_TH: torch.Tensor | None,
@@ -63,28 +68,60 @@ class DecoderLayer:
         batch: BatchInput,
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer of x + branch, what the layer before returned (None at the start): (x, branch), [T, H] each.
+        """(x + branch, this rank's part of the attention of its norm)."""
+        if self.fused_mixer is not None:
+            x_TH, _ = summed(x_TH, branch_TH, None)
+            step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
+            return x_TH, self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
+        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_mixer)
+        return x_TH, self.mixer.partial(normed_TH, cos_sin_TR, batch, cache)
+
+    def feed(self, x_TH: torch.Tensor, branch_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + branch, this rank's part of the feed-forward of its norm)."""
+        if self.fused_ffn is not None:
+            x_TH, _ = summed(x_TH, branch_TH, None)
+            return x_TH, self.fused_ffn(x_TH)
+        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_ffn)
+        return x_TH, self.ffn.partial(normed_TH)
+
+    def __call__(
+        self,
+        x_TH: torch.Tensor,
+        branch_TH: torch.Tensor | None,
+        cos_sin_TR: torch.Tensor | None,
+        batch: BatchInput,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer of x + branch, what the layer before returned (branch None: x alone): (x, branch), [T, H] each.
 
         Their sum is left to the next layer, whose norm follows it. x is not changed; branch may be overwritten.
         """
-        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_mixer)
-        mixed_TH = self.mixer.partial(normed_TH, cos_sin_TR, batch, cache)
-        if self.parallel:
+        x_TH, mixed_TH = self.mix(x_TH, branch_TH, cos_sin_TR, batch, cache)
+        if self.residual == "parallel":
             return x_TH, self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+        if self.residual == "normed":
+            return self.normed_sums(x_TH, mixed_TH), None
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
-        x_TH, normed_TH = summed(x_TH, mixed_TH, self.pre_ffn)
-        out_TH = self.reduced(self.ffn.partial(normed_TH), self.ffn.out_bias)
+        x_TH, out_TH = self.feed(x_TH, mixed_TH)
+        out_TH = self.reduced(out_TH, self.ffn.out_bias)
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
         return x_TH, out_TH
+
+    def normed_sums(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
+        """The normed residual form, from the mixer's whole output on."""
+        assert self.post_mixer and self.post_ffn, "a normed residual has both norms"
+        x_TH = self.post_mixer(mixed_TH.add_(x_TH))
+        _, out_TH = self.feed(x_TH, None)
+        return self.post_ffn(self.reduced(out_TH, self.ffn.out_bias).add_(x_TH))
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
         follow.
         """
-        out_TH = self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+        _, out_TH = self.feed(x_TH, None)
         if self.post_mixer or self.post_ffn:
             mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
             out_TH = self.reduced(out_TH, self.ffn.out_bias)
@@ -112,6 +149,7 @@ class Stage:
 
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
+    on_layer: called after each layer, so that somebody sees a long step advance.
     max_model_len: positions that may occur; default: the model's own limit.
     """
 
@@ -119,7 +157,7 @@ class Stage:
         self,
         spec: DecoderSpec,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         tensor: Communicator,
         *,
         deterministic: bool = False,
@@ -127,6 +165,7 @@ class Stage:
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
         self.spec, self.shard = spec, shard
+        self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
                 spec.layers[index], shard, scoped(params, f"layers.{index}."), tensor, deterministic=deterministic
@@ -134,7 +173,8 @@ class Stage:
             for index in range(shard.first_layer, shard.last_layer)
         }
         some = next(iter(params.values()))
-        self.dtype = some.dtype
+        self.dtype, self.deterministic = some.dtype, deterministic
+        self.embed_in, self.embed_out = params.get("embed_in.weight"), params.get("embed_out.weight")
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
@@ -164,6 +204,8 @@ class Stage:
         hidden_TH = self.embedding(batch.token_ids_T)
         if self.embed_scale is not None:
             hidden_TH *= self.embed_scale
+        if self.embed_in is not None:
+            hidden_TH = linear(hidden_TH, self.embed_in, deterministic=self.deterministic)
         if self.positions is not None:
             assert self.spec.learned_positions is not None
             hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
@@ -180,6 +222,8 @@ class Stage:
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
             hidden_TH, branch_TH = layer(hidden_TH, branch_TH, cos_sin_TR, batch, cache.layers[index])
+            if self.on_layer is not None:
+                self.on_layer()
         return hidden_TH if branch_TH is None else branch_TH.add_(hidden_TH)
 
     @torch.inference_mode()
@@ -188,6 +232,8 @@ class Stage:
         group.
         """
         normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
+        if self.embed_out is not None:
+            normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
         logits_RV = self.head(normed_RH)
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)

@@ -1,6 +1,7 @@
 """Norms of a decoder as callables: the spec's Norm with its tensors. Replicated on every rank, no collective."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class NormLayer:
         return add_norm(x_TH, branch_TH, self.weight, self.bias, self.norm.eps, layer=layer, unit_offset=unit_offset)
 
 
-def make_norm(norm: Norm | None, params: Mapping[str, torch.Tensor], name: str) -> NormLayer | None:
+def make_norm(norm: Norm | None, params: Mapping[str, Any], name: str) -> NormLayer | None:
     """The norm whose tensors are params[name.weight] and, when it has one, params[name.bias]; None when there is
     none.
     """

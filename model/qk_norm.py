@@ -5,6 +5,7 @@ Shapes: T tokens; Q query heads, K key heads, D head_dim, local to the rank.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import torch
@@ -43,7 +44,7 @@ class AcrossHeadsNorm:
         k_TC.copy_(self.k_norm.scale(k_TC.float(), squares_T2[:, 1:]))
 
 
-def make_head_norm(spec: Attention, params: Mapping[str, torch.Tensor]) -> HeadNorm | None:
+def make_head_norm(spec: Attention, params: Mapping[str, Any]) -> HeadNorm | None:
     """The norm of every head by itself (Qwen3, Gemma-3); None when there is none. No collective."""
     if spec.qk_norm is None or not spec.qk_norm.per_head:
         return None
@@ -65,7 +66,7 @@ def make_head_norm(spec: Attention, params: Mapping[str, torch.Tensor]) -> HeadN
 def make_across_heads_norm(
     spec: Attention,
     shard: ModelShard,
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
     group: Communicator,
     *,
     deterministic: bool,

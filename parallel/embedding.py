@@ -6,6 +6,7 @@ import torch
 
 from shoal.kernels.embedding import embedding
 from shoal.kernels.linear import linear
+from shoal.kernels.weight import Weight, embedding_rows
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.sharding import Range
 
@@ -17,14 +18,14 @@ class VocabEmbedding:
     zero. Layout in: ids whole on every rank; out: whole on every rank.
     """
 
-    def __init__(self, weight: torch.Tensor, vocab: Range, group: Communicator) -> None:
+    def __init__(self, weight: Weight, vocab: Range, group: Communicator) -> None:
         assert weight.shape[0] == vocab[1] - vocab[0], (weight.shape, vocab)
         self.weight, self.vocab, self.group = weight, vocab, group
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: any shape, integers within the vocabulary. Returns [*ids.shape, hidden_size], a new tensor."""
         if self.group.size == 1:
-            return torch.nn.functional.embedding(ids, self.weight)
+            return embedding_rows(self.weight, ids)
         return self.group.all_reduce(embedding(ids, self.weight, self.vocab[0]))
 
 
@@ -38,7 +39,7 @@ class VocabHead:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: Weight,
         bias: torch.Tensor | None,
         ranges: Sequence[Range],
         group: Communicator,

@@ -17,14 +17,18 @@ from shoal.kernels.gpu.fp8 import GROUP, QUANTISE_CODES, as_bytes, empty_quantis
 
 CHUNK = 1024
 """Columns of a program: 8 elements for each of 128 threads, one 16-byte access in 16-bit types."""
+IDENTITY = 4
+"""A kind beside activation.KINDS: y = x, to quantise a tensor as it is."""
 MAX_SIZE = 65536
 """Columns of a row that one program may hold to find its scale."""
 
 
 @triton.jit
 def activate(x, KIND: tl.constexpr):
-    """KIND: a value of activation.KINDS. x: float32."""
-    if KIND == 0:
+    """KIND: a value of activation.KINDS, or IDENTITY. x: float32."""
+    if KIND == 4:
+        y = x
+    elif KIND == 0:
         y = tl.where(x < 0.0, 0.0, x)  # not maximum: it drops NaN
     elif KIND == 1:
         y = x / (1.0 + tl.exp(-x))
@@ -67,7 +71,9 @@ def activation_kernel(
 def launch_activation(
     x: torch.Tensor, kind: int, *, gated: bool, quantise: str | None = None, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns (y [num_rows, size], scales or None). kind: a value of activation.KINDS; quantise, scale: see fp8.py."""
+    """Returns (y [num_rows, size], scales or None). kind: a value of activation.KINDS or IDENTITY; quantise, scale: see
+    fp8.py.
+    """
     assert x.dim() == 2 and x.stride(1) == 1
     num_rows, size = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     scales = scale

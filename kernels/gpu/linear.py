@@ -25,7 +25,8 @@ A program takes a tile of BLOCK_M x BLOCK_N outputs over one of `splits` ranges 
 
 Deterministic: BLOCK_M is always ROWS_FIXED and splits depend on the weight's shape only. With many rows there are tiles
 enough, and a workspace would be large: a program then goes through all splits itself and adds their parts in the same
-order. So a row's products are added in one order however many rows there are.
+order. So a row's products are added in one order however many rows there are. (Kernels are not specialised to the
+number of rows either: one binary for all, and none to be compiled when a batch of a new size comes.)
 """
 
 import torch
@@ -150,7 +151,7 @@ def finished(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x_ptr,
     w_ptr,
@@ -216,7 +217,7 @@ def linear_kernel(
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def add_parts_kernel(
     parts_ptr,
     x_scale_ptr,
@@ -297,7 +298,7 @@ def launch_linear(
         as_bytes(x) if fp8 else x,
         as_bytes(weight) if kind == "e4m3" else weight,
         scales,
-        weight if zero is None else zero,
+        scales if zero is None else zero,
         x_scales,
         scales if bias is None else bias,
         y,
@@ -322,7 +323,7 @@ def launch_linear(
         BLOCK_N=BLOCK_N,
         BLOCK_K=block_k,
         GROUP_SIZE=GROUP,
-        num_warps=4,
+        num_warps=8 if x.dtype == torch.float32 else 4,  # float32 tiles would spill
         num_stages=STAGES,
         **ends,
     )

@@ -32,7 +32,7 @@ class Alignment(NamedTuple):
     block_rows: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def count_kernel(ids_ptr, counts_ptr, num_assignments, first, CHUNK: tl.constexpr):
     """Assignments of one expert."""
     expert = tl.program_id(0)
@@ -44,7 +44,7 @@ def count_kernel(ids_ptr, counts_ptr, num_assignments, first, CHUNK: tl.constexp
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def place_kernel(
     ids_ptr,
     counts_ptr,

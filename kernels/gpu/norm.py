@@ -20,7 +20,7 @@ MAX_SIZE = 32768
 """Columns of a row that still fit the registers of one program (32 a thread)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])
 def norm_kernel(
     x_ptr,
     residual_ptr,

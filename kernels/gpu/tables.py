@@ -10,6 +10,7 @@ import torch
 SMALL_ROWS: dict[tuple[str, torch.dtype], int] = {
     ("dense", torch.bfloat16): 16,
     ("dense", torch.float16): 16,
+    ("e4m3", torch.float8_e4m3fn): 64,
     ("dense", torch.float32): 0,  # IEEE products of Triton run on the plain cores, as cuBLAS's do: nothing to win
 }
 """(kind of weight, dtype of the inputs): rows up to which the Triton linear is used when not deterministic."""

@@ -35,8 +35,9 @@ def test_dense_matches_the_reference(dtype: torch.dtype, rows: int, inner: int, 
             close(launch_linear(x, weight, b, deterministic=deterministic), want, times=2)
 
 
-def test_a_rows_bits_depend_on_nothing_but_the_row() -> None:
-    x, weight = random(67, 600), weights(70, 600)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
+    x, weight = random(67, 600, dtype=dtype), weights(70, 600, dtype)
     assert split_count(70, 600, 64)[0] > 1  # the parts of a split add up in one order, in a workspace or in place
     whole = launch_linear(x, weight, deterministic=True)
     for rows in (1, 17, 64, 65):

@@ -73,6 +73,9 @@ class FakeWorker:
         for part in range(1, 5):
             on_progress(part * 100, 400)
 
+    def on_layer(self, tick: Any) -> None:
+        """There are no layers."""
+
     def profile(self) -> MemoryReport:
         """One rank has less than the others."""
         return MemoryReport(

@@ -13,7 +13,7 @@ from shoal.engine.fake_model import FakeModel
 from shoal.engine.messages import OutputDelta, Request
 from shoal.launcher.bootstrap import Model, fingerprint
 from shoal.launcher.local import LocalProcesses, LocalReplica
-from shoal.launcher.local_start import make_replicas
+from shoal.launcher.local_start import make_replica
 from shoal.launcher.processes import Zygote
 from shoal.launcher.settle import Host, settle
 from tests.launcher.fake_worker import SPEC, VOCAB_SIZE, WORKER
@@ -96,7 +96,10 @@ def prepare(zygote: Zygote, config: ShoalConfig) -> tuple[LocalProcesses, list[L
     processes = LocalProcesses(zygote, 60.0)
     settled = settle(config, SPEC, Host(gpus=0, native=True, ranks=config.world_size))
     model = Model(config=settled.config, spec=SPEC, model_dir=None, worker=WORKER)
-    return processes, make_replicas(processes, settled, model, fingerprint(config, SPEC))
+    return processes, [
+        make_replica(number, processes, settled, model, fingerprint(config, SPEC))
+        for number in range(config.parallel.data)
+    ]
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """FrontEnd: prompts to requests, deltas to outputs, stop strings, fan-out, aborts; against a scripted engine."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -219,8 +219,8 @@ def test_one_failing_output_of_n_ends_the_others() -> None:
 
     end = front_end(script, hold=True)
     with pytest.raises(EngineError, match="no"):
-        collect(end, "p", SamplingParams(n=3))
-    assert sorted(client_of(end).closed_streams) == ["request-0#0", "request-0#1", "request-0#2"]
+        collect(end, "p", SamplingParams(n=3), "r")
+    assert sorted(client_of(end).closed_streams) == ["r#0", "r#1", "r#2"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -422,3 +422,29 @@ def test_a_long_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="max_model_len"):
         collect(end, {"prompt": "a" * 400})
     assert threads[0] is not threading.main_thread() and threads[1] is threading.main_thread()
+
+
+def test_more_outputs_than_the_queue_holds_take_turns() -> None:
+    class OneAtATime(ScriptedClient):
+        busy = False
+
+        async def submit(self, request: Request) -> AsyncGenerator[OutputDelta]:
+            if self.busy:
+                raise QueueFull("the queue is full", 0.01)
+            self.busy = True
+            try:
+                async for delta in super().submit(request):
+                    yield delta
+            finally:
+                self.busy = False
+
+    end = front_end()
+    end.client = OneAtATime(ANSWER)
+    output = asyncio.run(asyncio.wait_for(end.complete(end.prepare("p", SamplingParams(n=4))), 30))
+    assert [part.text for part in output.outputs] == [TEXT] * 4
+
+
+def test_its_own_request_ids_are_not_what_a_user_would_choose() -> None:
+    ends = front_end(), front_end()
+    ids = [end.prepare("p").request_id for end in ends for _ in range(3)]
+    assert len(set(ids)) == 6 and not {"request-0", "request-1", "request-2"} & set(ids)

@@ -1,0 +1,279 @@
+"""Dispatch: takes every accepted request to a replica, and to another when that one dies, is full or goes away.
+
+One generator per request (`stream`) places it, follows its replica's deltas and, when those end without the request's
+end, places it again with what it has emitted.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import cast
+
+import msgspec
+
+from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.messages import OutputDelta, Request
+from shoal.launcher.rate import Rate
+from shoal.launcher.replica import ReplicaHandle
+from shoal.launcher.replica_slot import ReplicaSlot
+from shoal.launcher.request_ledger import Entry, RequestLedger
+from shoal.launcher.routing import Routing
+from shoal.launcher.waiting_line import WaitingLine
+
+MAX_FRUITLESS = 5
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
+FULL_PAUSE_S = 0.1
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """max_model_len: bounds the expected output of a request without max_tokens. max_in_flight: requests a replica may
+    have at once, running and queued. max_waiting: accepted requests no replica works on. Beyond these, new ones are
+    refused.
+    """
+
+    max_model_len: int = 1 << 31
+    max_in_flight: int = 8192 + 256
+    max_waiting: int = 8192
+
+
+class Dispatch:
+    """The requests of a controller. slots: its replicas by number, as they are. seed: of the seeds drawn for requests
+    without one.
+    """
+
+    def __init__(
+        self, slots: Mapping[int, ReplicaSlot], routing: Routing, limits: Limits, seed: int | None = None
+    ) -> None:
+        self._slots, self.routing, self.limits = slots, routing, limits
+        self.ledger, self.line = RequestLedger(seed), WaitingLine()
+        self.finished, self.tokens = Rate(), Rate()
+        self.refused = self.resumed = self.lost = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.closed: str | None = None
+
+    def accept(self, request: Request) -> Entry:
+        """Enter a request into the ledger; `stream` it then. Raises QueueFull, EngineError, ValueError."""
+        self.check()
+        ready = [slot for slot in self._slots.values() if slot.ready]
+        full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
+        if full or len(self.line) >= self.limits.max_waiting:
+            self.refused += 1
+            raise QueueFull(
+                f"{len(self.ledger)} requests are under way or wait already (scheduler.max_queued_requests): come back "
+                "later, or raise it",
+                self._retry_after_s(),
+            )
+        entry = self.ledger.add(request)
+        self.idle.clear()
+        return entry
+
+    def check(self) -> None:
+        """Raises EngineError when no replica serves or ever will again."""
+        if self.closed is not None:
+            raise EngineError(self.closed)
+        if not any(slot.may_serve for slot in self._slots.values()):
+            failed = [slot for slot in self._slots.values() if slot.first_failure is not None]
+            failed.sort(key=lambda slot: slot.first_failure.moment)  # type: ignore[union-attr]
+            reason = failed[0].reason if failed else "all were taken away"
+            raise EngineError(f"no replica can serve any more; the first cause: {reason}")
+
+    async def stream(self, entry: Entry) -> AsyncGenerator[OutputDelta]:
+        """The deltas of an accepted request to its end."""
+        try:
+            while True:
+                try:
+                    slot = await self._placed(entry)
+                except EngineError as error:
+                    if not entry.firm:
+                        raise
+                    self.lost += 1
+                    yield entry.last_delta("error", str(error))
+                    return
+                if slot is None:
+                    yield entry.last_delta("abort")
+                    return
+                async with aclosing(self._follow(slot, entry)) as deltas:
+                    async for delta in deltas:
+                        entry.delivered = len(entry.emitted)
+                        yield delta
+                        if delta.finish_reason is not None:
+                            return
+        finally:
+            self.ledger.remove(entry)
+            self.line.leave(entry)
+            self.finished.add(1)
+            if not len(self.ledger):
+                self.idle.set()
+            self.line.wake()
+
+    def _retry_after_s(self) -> float:
+        """About how long until a request ends and leaves its place."""
+        per_s = self.finished.per_s()
+        return MAX_RETRY_S if per_s <= 0 else min(max(1.0 / per_s, MIN_RETRY_S), MAX_RETRY_S)
+
+    async def _placed(self, entry: Entry) -> ReplicaSlot | None:
+        """A replica for the request, as soon as one has room; None when it is aborted, or its deadline passes, first.
+
+        Raises EngineError when no replica can serve any more.
+        """
+        while True:
+            self.check()
+            if entry.aborted or entry.seconds_left == 0.0:
+                return None
+            if all(number in entry.refused_by for number, slot in self._slots.items() if slot.may_serve):
+                entry.refused_by.clear()
+            if self.line.may_go(entry):
+                loads = {
+                    number: slot.work
+                    for number, slot in self._slots.items()
+                    if slot.ready and slot.in_flight < self.limits.max_in_flight and number not in entry.refused_by
+                }
+                if loads:
+                    self.line.leave(entry)
+                    return self._slots[self.routing.rank(entry.request, loads)[0]]
+            entry.firm = True
+            await self.line.wait(entry, entry.seconds_left)
+
+    async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
+        """The request's deltas from one replica, counted as its work while it lasts. Ends without a last delta when the
+        request must go on elsewhere.
+        """
+        handle = slot.handle
+        assert handle is not None, "a ready slot has a replica"
+        self._enter(slot, entry)
+        try:
+            async with aclosing(cast(AsyncGenerator[OutputDelta], handle.submit(entry.resumed()))) as stream:
+                async for delta in stream:
+                    if delta.finish_reason == "error" and await self._is_dead(slot, handle):
+                        if self._survives(entry):
+                            return
+                        yield self._poisonous(entry, delta)
+                    elif delta.finish_reason == "abort" and entry.moving and not entry.aborted:
+                        self.resumed += 1
+                        return
+                    else:
+                        self._count(slot, entry, delta)
+                        yield entry.take(delta)
+        except QueueFull as error:
+            await self._refused_by(slot, entry, error)
+        except ValueError as error:  # a rebuilt replica may have less memory than the first had
+            if not entry.firm:
+                raise
+            self.lost += 1
+            yield entry.last_delta("error", f"the request cannot go on at replica {slot.number}: {error}")
+        except EngineError:
+            if not await self._is_dead(slot, handle):
+                raise
+            entry.firm = True
+        finally:
+            self._leave(slot, entry)
+
+    def _enter(self, slot: ReplicaSlot, entry: Entry) -> None:
+        prompt, room = len(entry.request.prompt_token_ids), self.limits.max_model_len
+        most = entry.request.sampling.max_tokens
+        expected = max(1, room - prompt) if most is None else min(max(1, room - prompt), most)
+        entry.slot, entry.moving, entry.started_here = slot, False, False
+        entry.work = prompt + max(expected, len(entry.emitted))
+        slot.in_flight += 1
+        slot.work += entry.work
+        self.routing.sent(entry.request, slot.number)
+        self.line.wake()
+
+    def _count(self, slot: ReplicaSlot, entry: Entry, delta: OutputDelta) -> None:
+        """Take what a delta says was computed off the replica's work."""
+        done = len(delta.token_ids)
+        self.tokens.add(done)
+        if not entry.started_here:
+            entry.started_here = slot.served = entry.firm = True
+            entry.refused_by.clear()
+            done += len(entry.request.prompt_token_ids) + len(entry.emitted)
+            self.routing.arrived(entry.request, slot.number)
+        done = min(done, entry.work)
+        entry.work -= done
+        slot.work -= done
+
+    def _leave(self, slot: ReplicaSlot, entry: Entry) -> None:
+        slot.in_flight -= 1
+        slot.work -= entry.work
+        if not entry.started_here:
+            self.routing.arrived(entry.request, slot.number)
+        entry.slot, entry.work = None, 0
+        if not slot.in_flight:
+            slot.emptied.set()
+        self.line.wake()
+
+    def _survives(self, entry: Entry) -> bool:
+        """Note that the request's replica died; False when that happens to it time and again, so that it may be why."""
+        entry.firm = True
+        self.resumed += 1
+        if not entry.moving:
+            entry.deaths += 1
+            entry.fruitless += 1
+        return entry.fruitless < MAX_FRUITLESS
+
+    def _poisonous(self, entry: Entry, delta: OutputDelta) -> OutputDelta:
+        """The end of a request under which replica after replica dies."""
+        self.lost += 1
+        text = f"{entry.fruitless} replicas in a row died under this request before its next token; the last: "
+        return entry.last_delta("error", text + (delta.error or "no reason was given"))
+
+    async def _refused_by(self, slot: ReplicaSlot, entry: Entry, error: QueueFull) -> None:
+        """A replica is full by its own account: others may have room. If none has, a new request is refused, one that
+        has been accepted tries again a little later.
+        """
+        entry.refused_by.add(slot.number)
+        if all(number in entry.refused_by for number, other in self._slots.items() if other.ready):
+            entry.refused_by.clear()
+            if not entry.firm:
+                self.refused += 1
+                raise error
+            await asyncio.sleep(FULL_PAUSE_S)
+
+    @staticmethod
+    async def _is_dead(slot: ReplicaSlot, handle: ReplicaHandle) -> bool:
+        """Whether the replica cannot serve any more; its slot is told then."""
+        try:
+            await handle.health()
+        except EngineError:
+            slot.lost(handle)
+            return True
+        return False
+
+    async def move(self, entries: list[Entry]) -> None:
+        """Have requests go on elsewhere: their replica ends them, and their streams find another place."""
+        for entry in entries:
+            entry.moving = True
+        await self._abort_where_they_are(entries)
+
+    async def move_away(self, request_ids: list[str]) -> int:
+        """Have requests go on at another replica than their own, if one is ready; returns how many do."""
+        ready = {number for number, slot in self._slots.items() if slot.ready}
+        moving = []
+        for request_id in request_ids:
+            entry = self.ledger.get(request_id)
+            if entry is not None and entry.slot is not None and ready - {entry.slot.number}:
+                entry.refused_by.add(entry.slot.number)
+                moving.append(entry)
+        await self.move(moving)
+        return len(moving)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """End requests wherever they are; unknown or finished ids are no error."""
+        entries = [entry for request_id in request_ids if (entry := self.ledger.get(request_id)) is not None]
+        for entry in entries:
+            entry.aborted = True
+            self.line.wake_one(entry)
+        await self._abort_where_they_are(entries)
+
+    @staticmethod
+    async def _abort_where_they_are(entries: list[Entry]) -> None:
+        by_handle: dict[ReplicaHandle, list[str]] = {}
+        for entry in entries:
+            if entry.slot is not None and entry.slot.handle is not None:
+                by_handle.setdefault(entry.slot.handle, []).append(entry.request_id)
+        for handle, request_ids in by_handle.items():
+            try:
+                await handle.client.abort(request_ids)
+            except EngineError:
+                pass  # its death ends them

@@ -1,0 +1,80 @@
+"""RayReplica: a replica whose engine and ranks are started by crews, each a Ray actor on one host."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from shoal.engine.client import EngineError
+from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
+from shoal.launcher.crew_messages import ENDS, StartRanks
+from shoal.launcher.engine_replica import EngineReplica
+from shoal.launcher.ray_cluster import Actor
+from shoal.parallel.control_connect import Listener
+
+WATCH_S = 20.0
+EXPLAIN_WAIT_S = 1.5
+STOP_WAIT_S = 5.0
+
+
+class RayReplica(EngineReplica):
+    """Made by a RayFleet. The first crew forks the engine and its ranks, the others theirs once the engine listens."""
+
+    def __init__(
+        self,
+        engine_crew: Actor,
+        others: Mapping[Actor, Sequence[RankBootstrap]],
+        listener: Listener,
+        bootstrap: EngineBootstrap,
+        *,
+        where: str = "",
+    ) -> None:
+        """others: the ranks of the other crews, without the engine's address."""
+        super().__init__(listener, bootstrap, where=where, on_listening=self._order_ranks)
+        self._engine_crew, self._others = engine_crew, dict(others)
+        self._orders: list[asyncio.Task[None]] = []
+        self._watch: asyncio.Task[str] | None = None
+
+    async def start(self) -> None:
+        """Have the engine forked."""
+        await self._engine_crew.call("start_engine", msgspec.msgpack.encode(self.bootstrap))
+        self._watch = asyncio.create_task(self._engine_end())
+
+    def _order_ranks(self, address: str) -> None:
+        """The engine listens: have the other ranks forked."""
+        for actor, ranks in self._others.items():
+            order = StartRanks(ranks=[msgspec.structs.replace(rank, address=address) for rank in ranks])
+            self._orders.append(asyncio.create_task(actor.call("start_ranks", msgspec.msgpack.encode(order))))
+
+    async def _engine_end(self) -> str:
+        """How the engine ended, once it has, or why that cannot be known."""
+        while True:
+            try:
+                told = ENDS.decode(await self._engine_crew.call("ends", WATCH_S, timeout_s=2 * WATCH_S))
+            except EngineError as error:
+                return str(error)
+            for ended in told.ends:
+                if ended.name.startswith("engine"):
+                    return f"the engine process {ended.how}"
+
+    def how_ended(self) -> str | None:
+        """From its crew; a crew that could not start its ranks counts as the end as well."""
+        for order in self._orders:
+            if order.done() and (error := order.exception()) is not None:
+                return str(error)
+        return self._watch.result() if self._watch is not None and self._watch.done() else None
+
+    async def explain(self) -> str:
+        """The crew's word follows the hangup closely."""
+        if self._watch is not None:
+            await asyncio.wait([self._watch], timeout=EXPLAIN_WAIT_S)
+        return self.how_ended() or ""
+
+    async def stop(self) -> None:
+        """The same, and the crews kill what has not ended then."""
+        await super().stop()
+        tasks = [*self._orders, *([self._watch] if self._watch is not None else [])]
+        for task in tasks:
+            task.cancel()
+        stops = (actor.call("stop", timeout_s=STOP_WAIT_S) for actor in (self._engine_crew, *self._others))
+        await asyncio.gather(*tasks, *stops, return_exceptions=True)
