@@ -347,7 +347,13 @@ def _choose_device(config: ShoalConfig, nodes: Sequence[Node]) -> Literal["cpu",
     gpus = sum(node.total["GPU"] for node in nodes)
     if config.runtime.device == "cuda" and gpus == 0:
         raise ValueError("runtime.device = cuda, but no node of the Ray cluster has a GPU; use auto or cpu")
-    return "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    device: Literal["cpu", "cuda"] = "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    if device == "cuda" and config.parallel.ranks_per_device > 1:
+        raise ValueError(
+            f"parallel.ranks_per_device = {config.parallel.ranks_per_device}, but Ray gives every rank a GPU of its "
+            "own; leave it out, or start with launcher.kind = local or torchrun"
+        )
+    return device
 
 
 def _offer(node: Node, unit: str) -> HostOffer:

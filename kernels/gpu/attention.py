@@ -49,7 +49,7 @@ def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, det
     """
     few = max(16, min(64, triton.next_power_of_2(group * min(max_queries, DECODE_QUERIES))))
     if dtype == torch.float32:
-        return Tiles(16, 32 if dim <= 128 else 16, 4, 2)
+        return Tiles(16, 32 if dim <= 128 else 16, 8, 2)
     if deterministic:
         return Tiles(32, 32, 4, 2)
     if max_queries <= DECODE_QUERIES:
