@@ -40,7 +40,8 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     assert config.model.path is not None, "the command needs a model"
     model_dir = resolve_model_path(config.model.path, config.model.revision)
     spec, _ = load_spec(model_dir)
-    shard_model(spec, config.parallel)  # a layout the model cannot have is refused before anything is started
+    # a layout the model cannot have is refused before anything is started
+    shard_model(spec, config.parallel, config.model.quantization)
     order = DetachedOrder(name=name, config=config, model_path=portable(config, model_dir))
     asyncio.run(_up(order))
     return 0
