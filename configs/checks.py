@@ -41,6 +41,12 @@ def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             value=model.checksums,
             message="cannot be checked with model.load_format = dummy, which reads no file; leave one of them out",
         )
+    if model.quantization != "none" and config.runtime.device == "cuda":
+        yield Problem(
+            key="model.quantization",
+            value=model.quantization,
+            message="quantised weights are computed with on CPUs only, and runtime.device is cuda; use none, or cpu",
+        )
     if model.tokenizer is not None and model.skip_tokenizer_init:
         yield Problem(
             key="model.tokenizer",
@@ -108,11 +114,20 @@ def _scheduler(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     runtime = config.runtime
     if runtime.collectives == "shm" and runtime.device == "cuda":
-        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto or nccl")
+        yield _collectives("shm", "work on CPU tensors only, and runtime.device is cuda; use auto, nccl or gloo")
     if runtime.collectives == "nccl" and runtime.device == "cpu":
         yield _collectives("nccl", "work on GPU tensors only, and runtime.device is cpu; use auto, shm or gloo")
     if runtime.collectives == "shm" and runtime.native == "off":
         yield _collectives("shm", "are C kernels, and runtime.native is off; use gloo, or native auto")
+    if config.parallel.ranks_per_device > 1 and runtime.device == "cpu":
+        yield Problem(
+            key="parallel.ranks_per_device",
+            value=str(config.parallel.ranks_per_device),
+            message="says how many ranks share a GPU, and runtime.device is cpu, where all share the memory; "
+            "leave it out",
+        )
+    if config.parallel.ranks_per_device > 1 and runtime.collectives == "nccl" and config.ranks_per_replica > 1:
+        yield _collectives("nccl", "refuse two ranks on one GPU, and parallel.ranks_per_device is over 1; use auto")
     if runtime.native == "require" and runtime.device == "cuda":
         yield Problem(
             key="runtime.native",
@@ -123,13 +138,30 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
+    elsewhere = launcher.kind == "auto" and launcher.address != "auto"
+    uses_ray = launcher.kind == "ray" or launcher.attach is not None or elsewhere
     for name in ("address", "ray_auth"):
-        if launcher.kind != "ray" and f"launcher.{name}" in given:
+        if not uses_ray and f"launcher.{name}" in given:
             yield Problem(
                 key=f"launcher.{name}",
                 value=getattr(launcher, name),
                 message=f"is about Ray clusters, and launcher.kind is {launcher.kind}; use ray, or leave it out",
             )
+    if launcher.attach is not None:
+        if launcher.kind not in ("auto", "ray"):
+            yield Problem(
+                key="launcher.kind",
+                value=launcher.kind,
+                message=f"would not be used: launcher.attach = {launcher.attach} starts nothing; leave one of them out",
+            )
+        for key in sorted(given):
+            if key.startswith(("parallel.", "cache.", "scheduler.")):
+                section, _, name = key.partition(".")
+                value = getattr(getattr(config, section), name)
+                message = (
+                    f"would not be used: {launcher.attach} (launcher.attach) runs already with settings of its own"
+                )
+                yield Problem(key=key, value=str(value), message=message)
     host, _, port = launcher.address.rpartition(":")
     if launcher.address not in ("auto", "local") and not (host and port.isdigit()):
         yield Problem(
@@ -198,12 +230,23 @@ def _routing(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 
 
 _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
-    (_model, ("model.checksums", "model.load_format", "model.tokenizer", "model.revision", "model.path")),
+    (
+        _model,
+        (
+            "model.checksums",
+            "model.load_format",
+            "model.tokenizer",
+            "model.revision",
+            "model.path",
+            "model.quantization",
+            "runtime.device",
+        ),
+    ),
     (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
-    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native")),
-    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth")),
+    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device")),
+    (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )
 """Each check with the keys it reads."""

@@ -53,6 +53,13 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8", "int4"],
+        Meta(
+            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded; CPU only. "
+            "Activations are rounded to 8 bits in the products. See docs/quantisation.md."
+        ),
+    ] = "none"
     max_model_len: Annotated[
         Positive | None,
         Meta(description="Longest prompt plus output, in tokens; default: the checkpoint's limit."),
@@ -103,6 +110,13 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         list[Positive] | None,
         Meta(description="Layers of each stage, such as [10, 12]; default: balanced by predicted cost."),
     ] = None
+    ranks_per_device: Annotated[
+        RankCount,
+        Meta(
+            description="Ranks of a host that share a GPU, for trying layouts on few cards: they exchange tensors "
+            "through host memory, and divide the card's memory."
+        ),
+    ] = 1
     expert: Annotated[
         bool,
         Meta(
@@ -174,8 +188,8 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
     kind: Annotated[
         Literal["auto", "inprocess", "local", "torchrun", "ray"],
         Meta(
-            description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one "
-            "rank, else local.",
+            description="Who starts the ranks; auto: ray when launcher.address names a cluster, torchrun when its "
+            "variables are set, else in-process for one rank, else local.",
             extra=_names("--launcher", keyword="launcher"),
         ),
     ] = "auto"
@@ -191,6 +205,10 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Literal["auto", "token", "off"],
         Meta(description="Ray's token authentication; auto keeps RAY_AUTH_MODE where it is set, else token."),
     ] = "auto"
+    attach: Annotated[
+        Text | None,
+        Meta(description="Start nothing: send the requests to the detached model of this name (`shoal up --name`)."),
+    ] = None
     start_timeout_s: Annotated[Seconds, Meta(description="Seconds until every rank must be ready.")] = 600.0
     step_timeout_s: Annotated[
         Seconds,
@@ -203,6 +221,10 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         ),
     ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0
+    controller_grace_s: Annotated[
+        Seconds,
+        Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
+    ] = 60.0
     routing: Annotated[
         Literal["prefix", "least_loaded", "round_robin"],
         Meta(
@@ -259,7 +281,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(
-            description="auto: NCCL on GPUs; on CPUs shared memory on one host when the C kernels are there, else gloo."
+            description="auto: NCCL on GPUs (gloo, through host memory, where ranks share one); on CPUs shared memory "
+            "on one host when the C kernels are there, else gloo."
         ),
     ] = "auto"
     native: Annotated[

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from shoal.engine.sampler import TokenCounts
 
 
+LEAST_SHARING_ROWS, LEAST_SHARED_KEYS = 4, 256  # below, one more pass over the batch costs more than reading keys again
+
+
 class PlanMismatch(RuntimeError):
     """A plan does not fit what this rank holds."""
 
@@ -150,14 +153,19 @@ class BatchState:
             max_seqlen_q=int(counts.max(initial=0)),
             max_seqlen_k=int(seq_lens.max(initial=0)),
             groups=tuple(
-                self.group_tables(group, sequences, positions, row_of_token) for group in range(self.num_groups)
+                self.group_tables(group, sequences, starts, positions, row_of_token) for group in range(self.num_groups)
             ),
         )
 
     def group_tables(
-        self, group: int, sequences: list[SequenceState], positions: np.ndarray, row_of_token: np.ndarray
+        self,
+        group: int,
+        sequences: list[SequenceState],
+        starts: np.ndarray,
+        positions: np.ndarray,
+        row_of_token: np.ndarray,
     ) -> GroupTables:
-        """Block table and slots of one cache group."""
+        """Block table and slots of one cache group. starts: the rows' first positions of this step."""
         width = max((sequence.num_blocks[group] for sequence in sequences), default=0)
         table = np.full((len(sequences), width), -1, np.int32)
         for row, sequence in enumerate(sequences):
@@ -165,8 +173,20 @@ class BatchState:
             table[row, :used] = sequence.tables[group][:used]
         blocks = table[row_of_token, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
-        return GroupTables(block_table_RB=self.tensor(table), slot_mapping_T=self.tensor(slots))
+        shared = shared_keys(table, int(starts.min()), self.block_size) if self.device.type == "cuda" else 0
+        return GroupTables(self.tensor(table), self.tensor(slots), shared)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """The array on this rank's device."""
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        """The array on this rank's device. From pinned memory, so that the copy waits for nothing; the allocator of
+        pinned memory keeps it until the copy is done."""
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def shared_keys(table_RB: np.ndarray, first_position: int, block_size: int) -> int:
+    """How many first keys all rows hold in the same blocks, at most first_position; 0 where sharing would not pay."""
+    if len(table_RB) < LEAST_SHARING_ROWS or first_position < LEAST_SHARED_KEYS or (table_RB[:, 0] < 0).any():
+        return 0
+    equal = (table_RB[:, : first_position // block_size] == table_RB[0, : first_position // block_size]).all(0)
+    keys = block_size * int(len(equal) if equal.all() else equal.argmin())
+    return keys if keys >= LEAST_SHARED_KEYS else 0

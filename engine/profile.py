@@ -41,10 +41,19 @@ def profile_plan(config: ShoalConfig, spec: DecoderSpec, device: torch.device) -
     return plan, [num_rows * per_row] * groups, budget / (num_rows * length)
 
 
-def warm_up_plan(plan: StepPlan) -> StepPlan:
-    """The profiling plan cut to the first few tokens of its first row, which has its blocks already."""
-    row = msgspec.structs.replace(plan.rows[0], num_tokens=min(WARM_UP_TOKENS, plan.rows[0].num_tokens))
-    return StepPlan(epoch=plan.epoch, step=plan.step, rows=[row], new_sequences=plan.new_sequences[:1])
+def warm_up_plans(plan: StepPlan) -> list[StepPlan]:
+    """The profiling plan cut to the first few tokens of its first row, which has its blocks already, and where there is
+    a token left to that one alone: prefill and decode run through different kernels on a GPU.
+    """
+    first = plan.rows[0]
+    count = min(WARM_UP_TOKENS, first.num_tokens)
+    rows = [msgspec.structs.replace(first, num_tokens=count)]
+    if count < first.num_tokens:
+        rows.append(msgspec.structs.replace(first, num_computed_tokens=count, num_tokens=1))
+    return [
+        StepPlan(epoch=plan.epoch, step=plan.step, rows=[row], new_sequences=plan.new_sequences[: 1 - index])
+        for index, row in enumerate(rows)
+    ]
 
 
 def available_bytes(device: torch.device) -> int:

@@ -14,6 +14,8 @@ import torch
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
+from shoal.kernels.argmax import argmax
+from shoal.kernels.device import on_gpu
 from shoal.kernels.logit_filters import filter_logits_
 from shoal.kernels.penalties import apply_penalties_
 from shoal.kernels.philox import gumbel_noise, gumbel_noise_at
@@ -71,14 +73,19 @@ def banned_tokens(sequence: SequenceState) -> list[int]:
     return banned
 
 
-def edit_row_(logits_V: torch.Tensor, sequence: SequenceState) -> None:
-    """Allowed ids, bad words, min_tokens and logit_bias of one row, in place."""
-    params = sequence.sampling
+def keep_allowed_(logits_V: torch.Tensor, params: SamplingParams) -> None:
+    """Ban all tokens but the allowed ones, when there are such, in place."""
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids, device=logits_V.device)
         kept = logits_V[allowed]
         logits_V.fill_(MINUS_INF)
         logits_V[allowed] = kept
+
+
+def edit_row_(logits_V: torch.Tensor, sequence: SequenceState) -> None:
+    """Allowed ids, bad words, min_tokens and logit_bias of one row, in place."""
+    params = sequence.sampling
+    keep_allowed_(logits_V, params)
     banned = banned_tokens(sequence)
     if banned:
         logits_V[torch.tensor(banned, device=logits_V.device)] = MINUS_INF
@@ -103,9 +110,44 @@ class Sampler:
         """
         wanted = [sequence.sampling.logprobs for sequence in sequences]
         raw_RV = logits_RV.clone() if any(count is not None for count in wanted) else logits_RV
-        self.edit_(logits_RV, sequences)
-        tokens_R = self.choose(logits_RV, sequences)
+        if on_gpu(logits_RV):
+            tokens_R = self.fused(logits_RV, sequences)
+        else:
+            self.edit_(logits_RV, sequences)
+            tokens_R = self.choose(logits_RV, sequences)
         return tokens_R.tolist(), logprobs_of(raw_RV, tokens_R, wanted)
+
+    def fused(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+        """What edit_ and choose do, in the Triton kernels: [num_rows] int64."""
+        from shoal.kernels.gpu.sample_rows import RowPenalties, RowSampling, sample_rows
+
+        rows = []
+        for row, sequence in enumerate(sequences):
+            params, penalties = sequence.sampling, None
+            keep_allowed_(logits_RV[row], params)
+            if has_penalties(params):
+                counts = self.counts(sequence)
+                penalties = RowPenalties(
+                    counts.prompt_seen,
+                    counts.output_counts,
+                    params.presence_penalty,
+                    params.frequency_penalty,
+                    params.repetition_penalty,
+                )
+            rows.append(
+                RowSampling(
+                    params.temperature,
+                    params.top_k,
+                    params.top_p,
+                    params.min_p,
+                    sequence.seed,
+                    sequence.num_output_tokens,
+                    sequence.sample_index,
+                    [(token, MINUS_INF) for token in banned_tokens(sequence)] + list((params.logit_bias or {}).items()),
+                    penalties,
+                )
+            )
+        return sample_rows(logits_RV, rows)
 
     def edit_(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> None:
         """Masks, biases and penalties, in place."""
@@ -143,7 +185,7 @@ class Sampler:
 
     def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
         """Greedy or sampled token ids: [num_rows] int64."""
-        tokens_R = logits_RV.argmax(-1)
+        tokens_R = argmax(logits_RV)
         random = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
         for rows in slices(random, self.vocab_size):
             index = torch.tensor(rows, device=self.device)
@@ -167,7 +209,7 @@ class Sampler:
         )
         most_kept = int((logits_RV > MINUS_INF).sum(-1).max())
         if most_kept * FEW_KEPT >= self.vocab_size or most_kept == 0:
-            return logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)).argmax(-1)
+            return argmax(logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)))
         kept_RK, ids_RK = best_tokens(logits_RV, most_kept)
         noisy_RK = kept_RK.add_(gumbel_noise_at(*counter, ids_RK))
         return ids_RK.gather(1, noisy_RK.argmax(-1, keepdim=True)).squeeze(1)

@@ -6,6 +6,7 @@ the same order, since each of them may contain collectives. Hidden states go fro
 tp_rank.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, SequenceState
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
-from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plan
+from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
 from shoal.engine.sampler import Sampler, logprobs_of
 from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
@@ -52,6 +53,8 @@ class Worker:
         self.config, self.spec, self.shard, self.mesh = config, spec, shard, mesh
         self.model_dir, self.device = model_dir, device
         self.dtype = getattr(torch, config.model.dtype)
+        if device.type == "cuda":
+            use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.state = self.new_state()
         self.sampler = Sampler(spec.vocab_size, device)
@@ -94,7 +97,8 @@ class Worker:
         Collective."""
         plan, num_blocks, scale = profile_plan(self.config, self.spec, self.device)
         self.allocate_cache(num_blocks)
-        self.run(warm_up_plan(plan))  # what libraries allocate once is not part of a step
+        for warm_up in warm_up_plans(plan):  # what libraries allocate and compile once is not part of a step
+            self.run(warm_up)
         self.state = self.new_state()
         with ActivationMeter(self.device) as meter:
             self.run(plan)
@@ -134,7 +138,8 @@ class Worker:
             self.mesh.pipeline.send(hidden_TH.contiguous(), self.shard.pp_rank + 1)
             return None
         forward = time.perf_counter()
-        rows = self.results(plan, batch.cu_seqlens_q[1:].tolist(), hidden_TH)
+        stops = list(itertools.accumulate(row.num_tokens for row in plan.rows))
+        rows = self.results(plan, stops, hidden_TH)
         if rows is None:
             return None
         timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
@@ -220,6 +225,14 @@ class Worker:
         """Give back the mesh and the memory."""
         self.mesh.close()
         self.cache = self.stage = None  # type: ignore[assignment]
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make the GPU this thread's, and its matrix products exact in float32 and summed in float32 for halves."""
+    torch.cuda.set_device(device)
+    products = torch.backends.cuda.matmul
+    products.allow_tf32 = False
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
 
 
 def as_list(entry: TokenLogprobs | None) -> list[TokenLogprobs] | None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.device import on_gpu
 from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER, takes_native
 
 KINDS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -60,6 +61,10 @@ def _torch(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     """act(x). x: [num_tokens, size] of any float dtype; kind: a key of KINDS. Returns a new tensor."""
+    if on_gpu(x) and x.dim() == 2 and x.stride(1) == 1:
+        from shoal.kernels.gpu.activation import launch_activation
+
+        return launch_activation(x, KINDS[kind], gated=False)[0]
     library = native_library() if x.is_cpu else None
     if library is not None and x.dim() == 2 and takes_native(x):
         return _native(library, x, kind, gated=False)
@@ -70,6 +75,10 @@ def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     """act(gate) * up. gate_up: [num_tokens, 2 * size] of any float dtype, gate's columns before up's; kind: a key of
     KINDS. Returns a new [num_tokens, size].
     """
+    if on_gpu(gate_up) and gate_up.dim() == 2 and gate_up.stride(1) == 1:
+        from shoal.kernels.gpu.activation import launch_activation
+
+        return launch_activation(gate_up, KINDS[kind], gated=True)[0]
     library = native_library() if gate_up.is_cpu else None
     if library is not None and gate_up.dim() == 2 and takes_native(gate_up):
         return _native(library, gate_up, kind, gated=True)

@@ -16,6 +16,7 @@ import functools
 import torch
 
 from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.device import on_gpu
 from shoal.kernels.native_types import DTYPE_CODES, FLOAT, INT, INT64, POINTER, takes_native
 
 TILE = 64  # keys of a tile of the deterministic path, anchored at position 0
@@ -32,6 +33,13 @@ def uniform_map(num_heads: int, num_kv_heads: int, device: torch.device) -> torc
     return torch.arange(num_heads, dtype=torch.int32, device=device) // (num_heads // num_kv_heads)
 
 
+def scale_per_head(scales: torch.Tensor | None, num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    """The scales of a cache for every key/value head: [num_kv_heads] float32; ones without scales."""
+    if scales is None:
+        return torch.ones(num_kv_heads, device=device)
+    return scales.float().reshape(-1).expand(num_kv_heads)
+
+
 def paged_attention_reference(
     q_THD: torch.Tensor,
     k_cache: torch.Tensor,
@@ -45,6 +53,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     q_to_kv: torch.Tensor | None = None,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """One query and head after the other. Arguments as paged_attention's. Returns float32 [num_tokens, num_heads,
     head_dim].
@@ -52,6 +61,7 @@ def paged_attention_reference(
     block_size, num_kv_heads = k_cache.shape[1:3]
     heads = uniform_map(q_THD.shape[1], num_kv_heads, q_THD.device) if q_to_kv is None else q_to_kv
     out = torch.zeros(q_THD.shape, dtype=torch.float32, device=q_THD.device)
+    k_scales, v_scales = (scale_per_head(scales, num_kv_heads, q_THD.device) for scales in kv_scales or (None, None))
     for row, length in enumerate(seq_lens.tolist()):
         start, stop = int(cu_seqlens_q[row]), int(cu_seqlens_q[row + 1])
         for token in range(start, stop):
@@ -59,8 +69,8 @@ def paged_attention_reference(
             first = 0 if window is None else max(0, position - window + 1)
             slots = [(int(block_table_RB[row, j // block_size]), j % block_size) for j in range(first, position + 1)]
             for head, kv in enumerate(heads.tolist()):
-                keys = torch.stack([k_cache[block, offset, kv] for block, offset in slots]).float()
-                values = torch.stack([v_cache[block, offset, kv] for block, offset in slots]).float()
+                keys = torch.stack([k_cache[block, offset, kv] for block, offset in slots]).float() * k_scales[kv]
+                values = torch.stack([v_cache[block, offset, kv] for block, offset in slots]).float() * v_scales[kv]
                 scores = keys @ q_THD[token, head].float() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
@@ -83,11 +93,16 @@ class _Torch:
         softcap: float | None,
         sinks: torch.Tensor | None,
         q_to_kv: torch.Tensor,
+        kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         self.q_THD, self.table, self.block_size = q_THD, block_table_RB.long(), caches[0].shape[1]
         self.k_flat, self.v_flat = (cache.flatten(0, 1) for cache in caches)
         self.scale, self.window, self.softcap, self.heads = scale, window, softcap, q_to_kv.long()
         self.sinks = None if sinks is None else sinks.float()
+        self.kv_scales = None
+        if kv_scales is not None:
+            k_scales, v_scales = (scale_per_head(each, caches[0].shape[2], q_THD.device) for each in kv_scales)
+            self.kv_scales = k_scales[self.heads, None], v_scales[self.heads, None]
 
     def gather(self, rows: torch.Tensor, positions_GL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions of rows, expanded to query heads: two float32 [rows, keys, num_heads,
@@ -95,7 +110,8 @@ class _Torch:
         """
         blocks = self.table[rows].gather(1, positions_GL // self.block_size)
         slots = blocks * self.block_size + positions_GL % self.block_size
-        return self.k_flat[slots][:, :, self.heads].float(), self.v_flat[slots][:, :, self.heads].float()
+        keys, values = self.k_flat[slots][:, :, self.heads].float(), self.v_flat[slots][:, :, self.heads].float()
+        return (keys, values) if self.kv_scales is None else (keys * self.kv_scales[0], values * self.kv_scales[1])
 
     def shape_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scale and soft cap."""
@@ -234,28 +250,48 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     q_to_kv: torch.Tensor | None = None,
+    group_size: int | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    shared_keys: int = 0,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     deterministic: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the batch's queries, whose own keys and values are in the cache already.
 
     q: [num_tokens, num_heads, head_dim], the last two dimensions contiguous; caches: [num_blocks, block_size,
-    num_kv_heads, head_dim], contiguous, of q's dtype; block_table: [num_rows, max_blocks] int32; cu_seqlens_q:
-    [num_rows + 1] int32, row r's queries are [cu[r], cu[r + 1]); seq_lens: [num_rows] int32, keys of a row, whose
-    last queries these are. window: keys a query sees, itself included; sinks: [num_heads]; q_to_kv: [num_heads]
-    int32, the key/value head of every query head (default: equal consecutive groups). deterministic: a query's
-    result has one order of sums whatever the batch and the chunk. out: contiguous, of q's shape and dtype. Returns
-    out, or a new [num_tokens, num_heads, head_dim].
+    num_kv_heads, head_dim], contiguous, of q's dtype, or float8_e4m3fn with kv_scales; block_table: [num_rows,
+    max_blocks] int32; cu_seqlens_q: [num_rows + 1] int32, row r's queries are [cu[r], cu[r + 1]); seq_lens: [num_rows]
+    int32, keys of a row, whose last queries these are. window: keys a query sees, itself included; sinks: [num_heads];
+    q_to_kv: [num_heads] int32, the key/value head of every query head, never falling (default: equal consecutive
+    groups), and group_size the most query heads of one. kv_scales: of keys and of values, float32, one number or
+    [num_kv_heads]: what the cache's elements are multiplied by. deterministic: a query's result has one order of sums
+    whatever the batch and the chunk. out: contiguous, of q's shape and dtype. Returns out, or a new [num_tokens,
+    num_heads, head_dim].
+
+    For GPUs, where reading these numbers would wait for the device: max_seqlen_q, max_seqlen_k: at least the most
+    queries and keys of a row; shared_keys: so many first keys, which every query sees, are in the same blocks for all
+    rows, and may be read once for all.
     """
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape
-    assert q_THD.dtype == k_cache.dtype == v_cache.dtype and q_THD.shape[2] == k_cache.shape[3]
+    assert q_THD.shape[2] == k_cache.shape[3] and k_cache.dtype == v_cache.dtype
+    assert k_cache.dtype == (q_THD.dtype if kv_scales is None else torch.float8_e4m3fn), (q_THD.dtype, k_cache.dtype)
     result = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out is None else out
+    if on_gpu(q_THD):
+        from shoal.kernels.gpu.attention import launch_attention
+
+        return launch_attention(
+            q_THD, k_cache, v_cache, block_table_RB, cu_seqlens_q, seq_lens, scale=scale, out=result, window=window,
+            softcap=softcap, sinks=sinks, q_to_kv=q_to_kv, group_size=group_size, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, shared_keys=shared_keys, kv_scales=kv_scales,
+        )  # fmt: skip
     heads = uniform_map(q_THD.shape[1], k_cache.shape[2], q_THD.device) if q_to_kv is None else q_to_kv
-    library = native_library() if q_THD.is_cpu else None
+    library = native_library() if q_THD.is_cpu and kv_scales is None else None
     if library is not None and takes_native(q_THD) and q_THD.stride()[1] == q_THD.shape[2]:
         tables = block_table_RB, cu_seqlens_q, seq_lens
         _native(library, q_THD, (k_cache, v_cache), tables, scale, window, softcap, sinks, heads, result)
         return result
-    paths = _Torch(q_THD, (k_cache, v_cache), block_table_RB, scale, window, softcap, sinks, heads)
+    paths = _Torch(q_THD, (k_cache, v_cache), block_table_RB, scale, window, softcap, sinks, heads, kv_scales)
     paths.run(cu_seqlens_q.tolist(), seq_lens.tolist(), deterministic, result)
     return result

@@ -1,22 +1,22 @@
 """y = x w^T + bias. With deterministic=True a row's result does not depend on the other rows, their number or its place
 among them: bit for bit, so a request's tokens do not depend on its batch.
 
-Deterministic paths: on a CPU the C kernel (one order of sums per element); without it, and on GPUs, torch's product
-over blocks of a fixed number of rows (the last one padded), whose algorithm then is always the same. Otherwise the
-faster one of torch and the C kernel. Types: float32, bfloat16, float16, accumulated in float32. A prepared weight
-(kernels/weight.py) multiplies itself, in one order of sums always.
+Deterministic paths: on a GPU the Triton kernel (kernels/gpu/linear.py); on a CPU the C kernel (one order of sums per
+element); without it torch's product over blocks of a fixed number of rows (the last one padded), whose algorithm then
+is always the same. Otherwise the faster one of torch and ours. Types: float32, bfloat16, float16, accumulated in
+float32. A prepared weight (kernels/weight.py) multiplies itself, in one order of sums always.
 """
 
 import torch
 import torch.nn.functional as F
 
 from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.device import on_gpu
 from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER, takes_native
 from shoal.kernels.weight import PreparedWeight, Weight
 
 _PROTOTYPE = (INT, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)
 BLOCK_ROWS = 16  # decode batches are small; more rows per block would be wasted on them
-GPU_BLOCK_ROWS = 64  # one tile of a tensor-core product
 # Rows for which the C kernel is the faster one (Xeon with AVX-512, 512 to 4096 columns: up to 2 times for float32, 1.5
 # to 3 times for halves); torch's float32 product is ahead by a tenth below, and by half far above.
 FASTER_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(1, 33), torch.float16: range(1, 33)}
@@ -37,11 +37,13 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *,
     rows = x.shape[:-1].numel()
     if isinstance(weight, PreparedWeight):
         return weight.multiply(x.reshape(rows, x.shape[-1]), bias).view(*x.shape[:-1], weight.shape[0])
-    if not (deterministic or (x.is_cpu and rows in FASTER_ROWS.get(x.dtype, ()))):
-        return F.linear(x, weight, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         theirs = "none" if bias is None else bias.dtype
         raise ValueError(f"linear needs one dtype; x is {x.dtype}, weight {weight.dtype}, bias {theirs}")
+    if on_gpu(x):
+        return _gpu(x, weight, bias, deterministic)
+    if not (deterministic or (x.is_cpu and rows in FASTER_ROWS.get(x.dtype, ()))):
+        return F.linear(x, weight, bias)
     x_MK = x.reshape(rows, x.shape[-1])
     library = native_library() if x.is_cpu else None
     biases = () if bias is None else (bias,)
@@ -50,8 +52,20 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *,
     elif not deterministic:
         return F.linear(x, weight, bias)
     else:
-        y_MN = linear_row_blocks(x_MK, weight, bias, BLOCK_ROWS if x.is_cpu else GPU_BLOCK_ROWS)
+        y_MN = linear_row_blocks(x_MK, weight, bias, BLOCK_ROWS)
     return y_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+def _gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
+    from shoal.kernels.gpu.linear import launch_linear
+    from shoal.kernels.gpu.tables import SMALL_ROWS
+
+    rows = x.shape[:-1].numel()
+    if not deterministic and rows > SMALL_ROWS["dense", x.dtype]:
+        return F.linear(x, weight, bias)
+    x_MK = x.reshape(rows, x.shape[-1])
+    x_MK, weight = (part if part.stride(1) == 1 else part.contiguous() for part in (x_MK, weight))
+    return launch_linear(x_MK, weight, bias, deterministic=deterministic).view(*x.shape[:-1], weight.shape[0])
 
 
 def _native(

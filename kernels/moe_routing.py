@@ -6,6 +6,8 @@ Among equal probabilities the lowest expert comes first, so that all ranks of an
 
 import torch
 
+from shoal.kernels.device import on_gpu
+
 
 def moe_routing_reference(logits_TE: torch.Tensor, top_k: int, *, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token, in Python's own sort. Returns what moe_routing returns."""
@@ -24,6 +26,10 @@ def moe_routing(logits_TE: torch.Tensor, top_k: int, *, normalize: bool) -> tupl
 
     Returns (weights [num_tokens, top_k] float32, expert ids [num_tokens, top_k] int64), best first.
     """
+    if on_gpu(logits_TE) and logits_TE.stride(1) == 1:
+        from shoal.kernels.gpu.moe_routing import launch_moe_routing
+
+        return launch_moe_routing(logits_TE, top_k, normalize=normalize)
     probabilities = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weights, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     weights, ids = weights[:, :top_k], ids[:, :top_k]

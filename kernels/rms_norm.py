@@ -7,6 +7,7 @@ unit_offset: the stored weight is w - 1 (Gemma). Every row is reduced in one ord
 import torch
 
 from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.device import on_gpu
 from shoal.kernels.native_types import DTYPE_CODES, FLOAT, INT, INT64, POINTER, takes_native
 
 _PROTOTYPE = (INT, POINTER, INT64, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT64, FLOAT, FLOAT)
@@ -54,6 +55,11 @@ def rms_norm(
     out: where to write, of x's shape and dtype; it may be x itself. Returns out, or a new contiguous tensor.
     """
     assert weight.shape == x.shape[-1:] and weight.dtype == x.dtype, (weight.shape, weight.dtype, x.shape, x.dtype)
+    if on_gpu(x):
+        from shoal.kernels.gpu.norm import launch_norm, takes_norm
+
+        if takes_norm(x, out):
+            return launch_norm(x, weight, None, eps, layer=False, unit_offset=unit_offset, out=out)[0]
     library = native_library() if x.is_cpu else None
     if library is None or x.dim() not in (2, 3) or not takes_native(x, weight if out is None else out):
         result = rms_norm_reference(x, weight, eps, unit_offset=unit_offset)

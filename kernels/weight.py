@@ -2,9 +2,9 @@
 
 A prepared weight knows its shape and dtype (that of activations), multiplies, and gives rows back for an embedding
 that is the head as well. PackedWeight holds the elements as they are, in the order the C kernel reads them
-(kernels/native/packed.c). Another way to keep them is another class with the same methods, another `kind` of
-NativeWeight and another case in kernels/native/weight.c. Products have one order of sums per element whatever the
-rows, so they serve deterministic runs as well.
+(kernels/native/packed.c), QuantizedWeight (kernels/quantized_weight.py) codes of fewer bits. Another way to keep them
+is another class with the same methods, another `kind` of NativeWeight and another case in kernels/native/weight.c.
+Products have one order of sums per element whatever the rows, so they serve deterministic runs as well.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ class NativeWeight(ctypes.Structure):
         ("type", ctypes.c_int32),
         ("columns", INT64),
         ("inner", INT64),
+        ("lead", INT64),
         ("data", POINTER),
         ("scales", POINTER),
         ("bias", POINTER),
@@ -53,19 +54,22 @@ class PreparedWeight(ABC):
 
         Raises ValueError when dtypes differ.
         """
-        rows, inner = x_MK.shape
-        assert inner == self.shape[1], (x_MK.shape, self.shape)
+        self.check(x_MK, bias)
+        if x_MK.stride(1) != 1:
+            x_MK = x_MK.contiguous()
+        y_MN = torch.empty((len(x_MK), self.shape[0]), dtype=self.dtype)
+        self._multiply(
+            ctypes.byref(self.native), x_MK.data_ptr(), x_MK.stride(0), None if bias is None else bias.data_ptr(),
+            y_MN.data_ptr(), self.shape[0], len(x_MK), torch.get_num_threads(),
+        )  # fmt: skip
+        return y_MN
+
+    def check(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Raise ValueError when dtypes differ."""
+        assert x_MK.shape[1] == self.shape[1], (x_MK.shape, self.shape)
         if x_MK.dtype != self.dtype or (bias is not None and bias.dtype != self.dtype):
             theirs = "none" if bias is None else bias.dtype
             raise ValueError(f"linear needs one dtype; x is {x_MK.dtype}, weight {self.dtype}, bias {theirs}")
-        if x_MK.stride(1) != 1:
-            x_MK = x_MK.contiguous()
-        y_MN = torch.empty((rows, self.shape[0]), dtype=self.dtype)
-        self._multiply(
-            ctypes.byref(self.native), x_MK.data_ptr(), x_MK.stride(0), None if bias is None else bias.data_ptr(),
-            y_MN.data_ptr(), self.shape[0], rows, torch.get_num_threads(),
-        )  # fmt: skip
-        return y_MN
 
     @abstractmethod
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -89,7 +93,7 @@ class PackedWeight(PreparedWeight):
             code, weight.data_ptr(), weight.stride(0), columns, inner, self._data.data_ptr(), torch.get_num_threads()
         )
         self._unpack_rows = library.function("shoal_unpack_rows", _UNPACK)
-        self.native = NativeWeight(PACKED, code, columns, inner, self._data.data_ptr())
+        self.native = NativeWeight(PACKED, code, columns, inner, 0, self._data.data_ptr())
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See PreparedWeight."""

@@ -48,6 +48,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
 
     shards: of every rank. devices: of the ranks it starts itself, by rank; the others connect from elsewhere.
     ranks_per_device: ranks, of all replicas, that share one device's memory.
+    grace_s: seconds it keeps its ranks without a front end, for another to take over; 0 ends with the first one.
     front_address: where its front end listens. listen_host: None for Unix sockets, else the interface ranks connect to.
     """
 
@@ -61,6 +62,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     key: bytes
     config_fingerprint: str
     listen_host: str | None = None
+    grace_s: float = 0.0
 
 
 RANK_BOOTSTRAP: "msgspec.msgpack.Decoder[RankBootstrap]" = msgspec.msgpack.Decoder(RankBootstrap)

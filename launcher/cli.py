@@ -1,4 +1,4 @@
-"""The command line: `shoal generate|chat|explain|doctor|bench`. Parses, loads the configuration, runs one command.
+"""The command line: `shoal COMMAND ...`. Parses, loads the configuration, runs one command.
 
 Exit status: 0 done, 1 failed, 2 usage or configuration, 130 interrupted (Ctrl-C), 143 ended by SIGTERM. Nothing heavy
 is imported before a command is chosen and its settings are known to be right.
@@ -19,7 +19,8 @@ from shoal.configs.problems import ConfigError, suggest
 from shoal.configs.resolved import ResolvedConfig
 from shoal.configs.version import VERSION
 from shoal.launcher.arguments import Parser, UsageError, add_model, add_settings, overrides_from, unknown_arguments
-from shoal.launcher.commands import COMMANDS, Command
+from shoal.launcher.command import Command
+from shoal.launcher.commands import COMMANDS
 from shoal.launcher.failure import describe, show_failure, show_traceback
 from shoal.launcher.kinds import is_follower
 
@@ -128,7 +129,7 @@ def _parse(command: Command, arguments: list[str]) -> tuple[argparse.Namespace, 
     if extras:
         raise UsageError(unknown_arguments(extras, parser.flags()), f"`shoal {command.name} --help` lists the flags.")
     overrides = overrides_from(args)
-    resolved = load_config(args.config, overrides)
+    resolved = load_config(args.config if command.takes_settings else None, overrides)
     if command.default_model is not None and resolved.config.model.path is None:
         resolved = load_config(args.config, {**overrides, "model.path": command.default_model})
         if _shows_usage():
@@ -186,7 +187,8 @@ def _command_parser(command: Command) -> Parser:
     command.add_arguments(parser)
     if command.needs_model:
         add_model(parser)
-    add_settings(parser, command.sections, command.sampling, command.defaults)
+    if command.takes_settings:
+        add_settings(parser, command.sections, command.sampling, command.defaults)
     return parser
 
 

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     if args.json:
         sys.stdout.write(json.dumps(msgspec.to_builtins(found), indent=1) + "\n")
     else:
-        shards = shard_model(load_spec(folder)[0], resolved.config.parallel)
+        config = resolved.config
+        shards = shard_model(load_spec(folder)[0], config.parallel, config.model.quantization)
         sys.stdout.write(show(found, resolved.config, shards, everything=args.all))
     return 0 if found.problem is None else 2
 
@@ -74,7 +75,7 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
         gpus=config.world_size if on_gpus else 0, native=config.runtime.native != "off", ranks=config.world_size
     )
     settled = settle(config, spec, host)
-    shards = shard_model(spec, config.parallel)
+    shards = shard_model(spec, config.parallel, config.model.quantization)
     reports = estimate_reports(
         spec,
         shards,

@@ -7,12 +7,11 @@ settings are known to be right:
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from shoal.launcher.arguments import Once
-
-ALL_SECTIONS = ("parallel", "model", "cache", "scheduler", "runtime", "launcher")
+from shoal.launcher.cluster_commands import CLUSTER_COMMANDS
+from shoal.launcher.command import Command, count
 
 _CHAT_SAMPLING = (
     "max_tokens",
@@ -35,35 +34,6 @@ _CHAT_SAMPLING = (
     "spaces_between_special_tokens",
 )
 _GENERATE_SAMPLING = (*_CHAT_SAMPLING, "n", "logprobs", "prompt_logprobs", "detokenize")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One subcommand. usage: without the program's name. sections, sampling: the settings that are flags of it.
-
-    starts_engine: under torchrun, the processes other than world rank 0 become ranks instead of running it.
-    defaults: what help says instead of a setting's declared default, by key, where the command has one of its own.
-    add_arguments: adds its own arguments. needs_model: it takes MODEL, and ends with a usage error without one, unless
-    default_model says what is meant then.
-    """
-
-    name: str
-    summary: str
-    usage: str
-    description: str
-    examples: tuple[tuple[str, str], ...]
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    sections: tuple[str, ...] = ALL_SECTIONS
-    sampling: tuple[str, ...] = ()
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    needs_model: bool = True
-    default_model: str | None = None
-    starts_engine: bool = True
-
-    @property
-    def module(self) -> str:
-        """The module that holds `run`."""
-        return f"shoal.launcher.cmd_{self.name}"
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +62,12 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 
 def _add_chaos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=_amount, default=2.0, metavar="X", help="How long faults go on. (default: 2)")
-    parser.add_argument("--count", type=_count, metavar="N", help="End after this many faults instead.")
+    parser.add_argument("--count", type=count, metavar="N", help="End after this many faults instead.")
     parser.add_argument("--pause", type=_amount, default=3.0, metavar="S", help="Mean seconds between. (default: 3)")
-    parser.add_argument("--streams", type=_count, default=16, metavar="N", help="Requests at a time. (default: 16)")
+    parser.add_argument("--streams", type=count, default=16, metavar="N", help="Requests at a time. (default: 16)")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="Send at least so many. (default: 0)")
-    parser.add_argument("--pool", type=_count, default=64, metavar="N", help="Different requests. (default: 64)")
-    parser.add_argument("--max-output", type=_count, default=96, metavar="N", help="Longest output. (default: 96)")
+    parser.add_argument("--pool", type=count, default=64, metavar="N", help="Different requests. (default: 64)")
+    parser.add_argument("--max-output", type=count, default=96, metavar="N", help="Longest output. (default: 96)")
     parser.add_argument(
         "--faults",
         default="kill-rank,kill-engine,stop-rank,stop-engine",
@@ -117,15 +87,15 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=_count, default=2, metavar="N", help="Local processes to try. (default: 2)")
+    parser.add_argument("--ranks", type=count, default=2, metavar="N", help="Local processes to try. (default: 2)")
     parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=("latency", "throughput"), help="One request at a time, or all at once.")
-    parser.add_argument("--input-len", type=_count, default=128, metavar="N", help="Prompt tokens. (default: 128)")
-    parser.add_argument("--output-len", type=_count, default=64, metavar="N", help="Output tokens. (default: 64)")
-    parser.add_argument("--num-prompts", type=_count, default=16, metavar="N", help="Requests. (default: 16)")
+    parser.add_argument("--input-len", type=count, default=128, metavar="N", help="Prompt tokens. (default: 128)")
+    parser.add_argument("--output-len", type=count, default=64, metavar="N", help="Output tokens. (default: 64)")
+    parser.add_argument("--num-prompts", type=count, default=16, metavar="N", help="Requests. (default: 16)")
     parser.add_argument(
         "--dataset",
         choices=("fixed", "sharegpt-like"),
@@ -145,13 +115,6 @@ def _amount(text: str) -> float:
     if not 0.0 < value <= 1e6:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
-
-
-def _count(text: str) -> int:
-    """An argument's positive integer."""
-    if not text.isdecimal() or not 1 <= int(text) <= 2**31 - 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text}")
-    return int(text)
 
 
 _GENERATE = Command(
@@ -252,5 +215,6 @@ _CHAOS = Command(
 )
 
 COMMANDS: Mapping[str, Command] = {
-    command.name: command for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _CHAOS)
+    command.name: command
+    for command in (_GENERATE, _BATCH, _CHAT, _EXPLAIN, _DOCTOR, _BENCH, _CHAOS, *CLUSTER_COMMANDS)
 }

@@ -13,17 +13,21 @@ import msgspec
 from shoal.configs.host import host_id, usable_cores
 from shoal.configs.model_path import resolve_model_path
 from shoal.engine.client import EngineError
-from shoal.launcher.bootstrap import fingerprint, versions
+from shoal.launcher.bootstrap import EngineBootstrap, fingerprint, versions
 from shoal.launcher.crew_messages import (
+    ASSIGNMENT,
     HOST_QUERY,
     START_ENGINE,
     START_RANKS,
+    Assignment,
     Ended,
     Ends,
     HostQuery,
     HostRefused,
     HostReport,
+    Muster,
 )
+from shoal.launcher.engine_holdout import adopt_engine
 from shoal.launcher.local import ENGINE_ENTRY, Child, LocalProcesses
 from shoal.launcher.local_start import count_gpus, has_native, start_processes
 from shoal.launcher.processes import describe_exit
@@ -31,8 +35,10 @@ from shoal.launcher.rank_group import RANK_ENTRY
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.checkpoint_files import verify_checksums
 from shoal.model.families import load_spec
+from shoal.parallel.control import ControlError
 
 END_WAIT_S = 5.0
+ADOPT_TIMEOUT_S = 15.0
 
 
 class Crew:
@@ -41,6 +47,8 @@ class Crew:
     def __init__(self) -> None:
         self._processes: LocalProcesses | None = None
         self._children: dict[str, Child] = {}
+        self._assignment: Assignment | None = None
+        self._engine: EngineBootstrap | None = None
 
     async def look(self, payload: bytes) -> bytes:
         """Answer a HostQuery with a HostReport or HostRefused; starts the zygote meanwhile."""
@@ -84,6 +92,25 @@ class Crew:
         bootstrap = START_ENGINE.decode(payload)
         await self.stop()
         self._fork(f"engine {bootstrap.replica}", ENGINE_ENTRY, payload, supervises=True)
+        self._engine = bootstrap
+
+    async def assign(self, payload: bytes) -> None:
+        """Keep an Assignment."""
+        self._assignment = ASSIGNMENT.decode(payload)
+
+    async def muster(self) -> bytes:
+        """What this crew is and runs."""
+        running = any(name.startswith("engine") and not child.ended.done() for name, child in self._children.items())
+        return msgspec.msgpack.encode(Muster(assignment=self._assignment, engine=self._engine if running else None))
+
+    async def adopt(self, front_address: str) -> None:
+        """Have the engine that lost its front end connect to another. Raises EngineError."""
+        if self._engine is None:
+            raise EngineError("there is no engine to take over")
+        try:
+            await asyncio.to_thread(adopt_engine, self._engine.key, front_address, ADOPT_TIMEOUT_S)
+        except ControlError as error:
+            raise EngineError(str(error)) from None
 
     async def start_ranks(self, payload: bytes) -> None:
         """Fork ranks (StartRanks) after ending what ran before. Raises EngineError."""
@@ -112,7 +139,7 @@ class Crew:
 
     async def stop(self) -> None:
         """End the engine and ranks; the zygote stays for the next ones."""
-        children, self._children = self._children, {}
+        children, self._children, self._engine = self._children, {}, None
         for child in children.values():
             if self._processes is not None and not child.ended.done():
                 self._processes.kill(child)

@@ -53,6 +53,26 @@ class StartRanks(Message, frozen=True, kw_only=True):
     ranks: list[RankBootstrap]
 
 
+class Assignment(Message, frozen=True, kw_only=True):
+    """What a crew is for, kept by it so that a restarted controller can ask. number: its replica; index: of the crew
+    within the replica; node_id, address: of its node.
+    """
+
+    number: int
+    index: int
+    ranks: list[int]
+    node_id: str
+    address: str
+    report: HostReport
+
+
+class Muster(Message, frozen=True, kw_only=True):
+    """A crew's answer to a restarted controller: its assignment, None before there was one, and the engine it runs."""
+
+    assignment: Assignment | None
+    engine: EngineBootstrap | None
+
+
 class Ended(Message, frozen=True, kw_only=True):
     """A process of the crew has ended, told in words."""
 
@@ -69,6 +89,8 @@ class Ends(Message, frozen=True, kw_only=True):
 
 HOST_QUERY: "msgspec.msgpack.Decoder[HostQuery]" = msgspec.msgpack.Decoder(HostQuery)
 HOST_ANSWER: "msgspec.msgpack.Decoder[HostReport | HostRefused]" = msgspec.msgpack.Decoder(HostReport | HostRefused)
+ASSIGNMENT: "msgspec.msgpack.Decoder[Assignment]" = msgspec.msgpack.Decoder(Assignment)
+MUSTER: "msgspec.msgpack.Decoder[Muster]" = msgspec.msgpack.Decoder(Muster)
 START_ENGINE: "msgspec.msgpack.Decoder[EngineBootstrap]" = msgspec.msgpack.Decoder(EngineBootstrap)
 START_RANKS: "msgspec.msgpack.Decoder[StartRanks]" = msgspec.msgpack.Decoder(StartRanks)
 ENDS: "msgspec.msgpack.Decoder[Ends]" = msgspec.msgpack.Decoder(Ends)

@@ -1,8 +1,8 @@
 """An engine's own process: brings up the ranks of one replica, then serves its front end. No torch.
 
 Forked from a zygote, with a connection to it for forking and watching the ranks. Nothing outlives it: the zygote kills
-its ranks, and ranks on other hosts notice their channel. It ends when the front end says so or is gone, or when a rank
-has failed.
+its ranks, and ranks on other hosts notice their channel. It ends when the front end says so, or when a rank has failed,
+or when the front end is gone: at once, or when no other has taken over within the bootstrap's grace_s.
 """
 
 import logging
@@ -17,6 +17,7 @@ from shoal.engine.executor import ExecutorFailed
 from shoal.engine.messages import Failure, Message
 from shoal.engine.rank_watch import RankWatch
 from shoal.launcher.bootstrap import ENGINE_BOOTSTRAP, EngineBootstrap
+from shoal.launcher.engine_holdout import hold_out
 from shoal.launcher.engine_server import EngineServer, FrontGone
 from shoal.launcher.processes import ZygoteConnection
 from shoal.launcher.rank_group import RankGroup
@@ -51,23 +52,44 @@ def main(payload: bytes, supervisor_fd: int | None) -> None:
 def run_engine(bootstrap: EngineBootstrap, zygote: ZygoteConnection) -> int:
     """Be the engine of a replica to its end; 0 when the front end asked for the end, 1 otherwise."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides
-    front = connect(bootstrap.front_address, bootstrap.key, TO_ENGINE, "the front end", CONNECT_TIMEOUT_S)
+    vital = _Vital()
+    front = _Front(bootstrap, vital)
     handler = _ToFrontEnd(front)
     logging.basicConfig(level=bootstrap.model.config.runtime.log_level.upper(), handlers=[handler], force=True)
-    vital = _Vital()
-    heart = Heartbeat(front, vital.beat, lambda: os._exit(1))  # nobody wants a long step's result any more
-    heart.start()
     try:
         return _bring_up_and_serve(bootstrap, zygote, front, vital)
     except (FrontGone, ControlError):
         return 1
     except Exception as error:  # noqa: BLE001 - told to the front end
-        _tell_last(front, _last_word(error))
+        _tell_last(front.channel, _last_word(error))
         return 1
     finally:
-        heart.stop()
-        zygote.close()
         front.close()
+        zygote.close()
+
+
+class _Front:
+    """The link to the front end: a channel and the heartbeat on it; after a front end's death, to the next one."""
+
+    def __init__(self, bootstrap: EngineBootstrap, vital: "_Vital") -> None:
+        self._bootstrap, self._vital = bootstrap, vital
+        self.connect(bootstrap.front_address)
+
+    def connect(self, address: str) -> None:
+        """Raises ControlError."""
+        self.channel = connect(address, self._bootstrap.key, TO_ENGINE, "the front end", CONNECT_TIMEOUT_S)
+        self._heart = Heartbeat(self.channel, self._vital.beat, self._gone)
+        self._heart.start()
+
+    def _gone(self) -> None:
+        """Nobody wants a long step's result any more, unless another front end may come."""
+        if self._bootstrap.grace_s <= 0:
+            os._exit(1)
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._heart.stop()
+        self.channel.close()
 
 
 class _Vital:
@@ -87,15 +109,13 @@ class _Vital:
         return Beat(busy=core.has_work, step=core.scheduler.num_steps - 1, ranks=ranks)
 
 
-def _bring_up_and_serve(
-    bootstrap: EngineBootstrap, zygote: ZygoteConnection, front: "Channel[ToEngine]", vital: _Vital
-) -> int:
+def _bring_up_and_serve(bootstrap: EngineBootstrap, zygote: ZygoteConnection, front: _Front, vital: _Vital) -> int:
     """The engine's life. Returns its exit code."""
     config = bootstrap.model.config
     listener = Listener.unix() if bootstrap.listen_host is None else Listener.tcp(bootstrap.listen_host)
-    front.send(Listening(address=listener.address), TELL_TIMEOUT_S)
+    front.channel.send(Listening(address=listener.address), TELL_TIMEOUT_S)
     try:
-        group = RankGroup(bootstrap, zygote, listener, _News(front))
+        group = RankGroup(bootstrap, zygote, listener, _News(front.channel))
         executor, report = group.executor()
     finally:
         listener.close()
@@ -106,8 +126,19 @@ def _bring_up_and_serve(
             core.tell_cache()
         engine = ProcessPlace(platform.node(), os.getpid())
         ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
-        front.send(ready, TELL_TIMEOUT_S)
-        return EngineServer(core, front, executor).run()
+        while True:
+            server = EngineServer(core, front.channel, executor)
+            try:
+                front.channel.send(ready, TELL_TIMEOUT_S)
+                return server.run()
+            except (FrontGone, ControlError):
+                if bootstrap.grace_s <= 0:
+                    raise
+            front.close()
+            address = hold_out(core, server.live, bootstrap.key, bootstrap.grace_s)
+            if address is None:
+                return 1
+            front.connect(address)
     finally:
         executor.stop()
 
@@ -150,13 +181,13 @@ def _tell_last(front: "Channel[ToEngine]", message: Message) -> None:
 class _ToFrontEnd(logging.Handler):
     """Sends log records, the ranks' among them, to the front end, as many as it takes."""
 
-    def __init__(self, front: "Channel[ToEngine]") -> None:
+    def __init__(self, front: _Front) -> None:
         super().__init__()
         self._front = front
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record."""
         try:
-            self._front.try_send(LogText(level=record.levelno, text=self.format(record)[:MAX_LOG_CHARS]))
+            self._front.channel.try_send(LogText(level=record.levelno, text=self.format(record)[:MAX_LOG_CHARS]))
         except ControlError:
             pass  # the loop will notice

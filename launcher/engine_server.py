@@ -31,8 +31,19 @@ class EngineServer:
         self._selector.register(front, selectors.EVENT_READ)
         self._selector.register(executor, selectors.EVENT_READ)
 
+    @property
+    def live(self) -> list[str]:
+        """Requests that were accepted and have not ended."""
+        return sorted(self._live)
+
     def run(self) -> int:
         """Serve until told to shut down (0) or the core failed (1). Raises ControlError when the front end is gone."""
+        try:
+            return self._run()
+        finally:
+            self._selector.close()
+
+    def _run(self) -> int:
         core = self._core
         while not self._shutdown and core.failure is None:
             if not core.has_work:

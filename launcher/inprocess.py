@@ -51,7 +51,7 @@ def load_inprocess(config: ShoalConfig, spec: DecoderSpec, model_dir: Path) -> t
     config = msgspec.structs.replace(config, runtime=msgspec.structs.replace(config.runtime, threads=threads))
     settled = settle(config, spec, Host(gpus=gpus, native=native is not None, ranks=1))
     config = settled.config
-    (shard,) = shard_model(spec, config.parallel)
+    (shard,) = shard_model(spec, config.parallel, config.model.quantization)
     mesh = make_mesh("shm", 0, 1, 1, None, config.launcher.step_timeout_s, config.runtime.deterministic, native)
     worker = Worker(config, spec, shard, mesh, model_dir, torch.device("cuda:0" if on_gpu else "cpu"))
     worker.load(None)

@@ -113,7 +113,7 @@ def make_replica(
     bootstrap = EngineBootstrap(
         replica=number,
         model=model,
-        shards=shard_model(model.spec, config.parallel),
+        shards=shard_model(model.spec, config.parallel, config.model.quantization),
         devices={rank: device_of(config, number * size + rank) for rank in range(size)},
         ranks_per_device=settled.ranks_per_device,
         threads=config.runtime.threads,
@@ -127,4 +127,4 @@ def make_replica(
 
 def device_of(config: ShoalConfig, local_rank: int) -> str:
     """The device of a host's rank."""
-    return f"cuda:{local_rank}" if config.runtime.device == "cuda" else "cpu"
+    return f"cuda:{local_rank // config.parallel.ranks_per_device}" if config.runtime.device == "cuda" else "cpu"

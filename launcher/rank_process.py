@@ -45,6 +45,7 @@ from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_connect import connect
 from shoal.parallel.control_heartbeat import Heartbeat as HeartbeatThread
+from shoal.parallel.interfaces import use_interface_of
 from shoal.parallel.mesh import Mesh, make_mesh
 
 IDLE_TIMEOUT_S = 3600.0  # an idle engine pings every minute; one that died is noticed by its hangup, at once
@@ -66,6 +67,8 @@ def run_rank(bootstrap: RankBootstrap) -> int:
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     start_timeout_s = bootstrap.model.config.launcher.start_timeout_s
     channel = connect(bootstrap.address, bootstrap.key, TO_RANK, "the engine", min(30.0, start_timeout_s))
+    if channel.own_host is not None:
+        use_interface_of(channel.own_host)  # tensors go where plans come from
     rank = _Rank(bootstrap, channel)
     heart = HeartbeatThread(channel, rank.heartbeat, lambda: os._exit(1))
     heart.start()
@@ -183,6 +186,7 @@ class _Rank:
             config.launcher.step_timeout_s,
             config.runtime.deterministic,
             native,
+            boot.device,
         )
         mesh = self._mesh = watch_mesh(made, self._activity)
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)

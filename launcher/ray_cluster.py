@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ NAMESPACE = "shoal"
 MIN_OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes; nothing of Shoal's goes there
 AUTH_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 AUTH_MODES = {"token": "token", "off": "disabled"}
+START_HINT = "start one with `ray start --head` and give its address as host:port"
 CONNECT_HINT = "start one with `ray start --head`, or use launcher.address = local"
 CALL_TIMEOUT_S = 30.0
 
@@ -75,18 +78,18 @@ class Reservation(NamedTuple):
 class Cluster:
     """A connection of this process to a Ray cluster; one at a time."""
 
-    def __init__(self, started: bool) -> None:
-        """Use `connect`. started: the cluster is this process's own and ends with it."""
-        self.started = started
+    def __init__(self, folder: str | None = None) -> None:
+        """Inside an actor; elsewhere use `connect`. folder: of a cluster that ends with this process."""
+        self._folder = folder
 
     @classmethod
-    def connect(cls, address: str, auth: str, cpus: int) -> "Cluster":
+    def connect(cls, address: str, auth: str, cpus: int | None) -> "Cluster":
         """Join the cluster at address, or start one here.
 
         address: "host:port" of a head; "local" for a cluster of this process; "auto" for RAY_ADDRESS or the one that
         runs on this machine, else as local. auth: "token" or "off", or "auto" to keep RAY_AUTH_MODE where it is set,
-        else token. cpus: that a cluster started here says it has. Raises ValueError (no ray, wrong address),
-        EngineError.
+        else token. cpus: that a cluster started here says it has; None starts none. Raises ValueError (no ray, wrong
+        address), EngineError.
         """
         _set_auth(auth)
         ray = _import_ray()
@@ -95,18 +98,22 @@ class Cluster:
         quiet = {"logging_level": "error", "log_to_driver": False, "namespace": NAMESPACE}
         try:
             if address != "local" and cls._joined(ray, address, quiet):
-                return cls(started=False)
+                return cls()
+            if cpus is None:
+                raise ValueError(f"launcher.address = {address}: there is no Ray cluster to join; {START_HINT}")
+            folder = tempfile.mkdtemp(prefix="shoal-ray-")
             with _environment_of_local_cluster():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
                     object_store_memory=MIN_OBJECT_STORE_BYTES,
+                    _temp_dir=folder,
                     **quiet,
                 )
-            return cls(started=True)
+            return cls(folder)
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, EngineError):
+            if isinstance(error, EngineError) or (isinstance(error, ValueError) and cpus is None):
                 raise
             raise EngineError(f"cannot join a Ray cluster ({address}): {_first_line(error)}") from error
 
@@ -172,6 +179,21 @@ class Cluster:
 
         remove_placement_group(reservation.group)
 
+    def find_reservation(self, name: str) -> Reservation | None:
+        """A detached reservation, or None."""
+        from ray.util.placement_group import get_placement_group
+
+        try:
+            return Reservation(get_placement_group(name), name)
+        except ValueError:
+            return None
+
+    def actor_names(self, prefix: str) -> list[str]:
+        """Names of the named actors that live and begin so."""
+        import ray.util
+
+        return sorted(name for name in ray.util.list_named_actors() if name.startswith(prefix))
+
     def start_actor(
         self,
         kind: type,
@@ -217,10 +239,12 @@ class Cluster:
             return None
 
     def close(self) -> None:
-        """Leave the cluster, or end it when it was started here."""
+        """Leave the cluster, or end it, its logs too, when it was started here."""
         import ray
 
         ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _import_ray() -> Any:

@@ -20,9 +20,10 @@ from shoal.configs.schema import ShoalConfig
 from shoal.engine.client import EngineError
 from shoal.launcher.bootstrap import WORKER, EngineBootstrap, Model, RankBootstrap, fingerprint, versions
 from shoal.launcher.crew import Crew
-from shoal.launcher.crew_messages import HOST_ANSWER, HostQuery, HostRefused, HostReport
+from shoal.launcher.crew_messages import HOST_ANSWER, Assignment, HostQuery, HostRefused, HostReport
 from shoal.launcher.placement import UNIT, HostOffer, Share, TooSmall, place_replicas
-from shoal.launcher.ray_cluster import Actor, ActorSilent, Cluster, Node, Reservation
+from shoal.launcher.ray_cluster import Actor, ActorSilent, Cluster, Node
+from shoal.launcher.ray_places import Place, Post, end_crews, place_name, recover_places
 from shoal.launcher.ray_replica import RayReplica
 from shoal.launcher.settle import Host, Settled, choose_collectives, settle
 from shoal.model.checkpoint_digest import checkpoint_digest
@@ -38,46 +39,33 @@ SUSPECT_S = 30.0  # a node whose crew did not answer gets nothing for so long: R
 logger = logging.getLogger("shoal")
 
 
-class Post(msgspec.Struct, frozen=True, kw_only=True):
-    """A crew at its place: its ranks, the node's address, its actor, and what it said of the host."""
-
-    ranks: list[int]
-    node_id: str
-    address: str
-    actor: Actor
-    report: HostReport
-
-
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica's reservation and crews; the first crew has rank 0."""
-
-    reservation: Reservation
-    posts: list[Post]
-
-    @property
-    def one_host(self) -> bool:
-        """Whether all ranks can share memory."""
-        return len({post.report.host for post in self.posts}) == 1
-
-
 class RayFleet:
     """Used from one event loop. `prepare` before `make`."""
 
     def __init__(
-        self, cluster: Cluster, config: ShoalConfig, spec: DecoderSpec, model_dir: Path | None, worker: str = WORKER
+        self,
+        cluster: Cluster,
+        config: ShoalConfig,
+        spec: DecoderSpec,
+        model_dir: Path | None,
+        worker: str = WORKER,
+        name: str | None = None,
     ) -> None:
+        """name: of a detached model, whose crews outlive this process; None when they end with it."""
+        self._name = name
         self._cluster, self._given, self._spec, self._worker = cluster, config, spec, worker
         self._device = _choose_device(config, cluster.nodes())
         seed = secrets.randbits(62) if config.runtime.seed is None else config.runtime.seed
         runtime = msgspec.structs.replace(config.runtime, device=self._device, seed=seed)
         self._config = msgspec.structs.replace(config, runtime=runtime)
-        self._query = HostQuery(config=self._config, spec=spec, model_path=_portable(config, model_dir), worker=worker)
+        self._query = HostQuery(config=self._config, spec=spec, model_path=portable(config, model_dir), worker=worker)
         weights = config.model.load_format != "dummy"
         self._checkpoint = "" if model_dir is None else checkpoint_digest(model_dir, weights)
         self._own = cluster.own_node()
         self._places: dict[int, Place] = {}
         self._suspects: dict[str, float] = {}
         self._settled: Settled | None = None
+        self._adoptable: dict[int, EngineBootstrap] = {}
         self._placing = asyncio.Lock()
 
     @property
@@ -104,20 +92,14 @@ class RayFleet:
             self._settled = self._settle()
 
     async def make(self, number: int) -> RayReplica:
-        """A handle of a replica, not started: where it was, or on another place when that is gone."""
-        async with self._placing:
-            if number in self._places and not await self._answers(self._places[number]):
-                self.release(number)
-            if number not in self._places:
-                await self._place_again(number)
-            return self._handle(number, self._places[number])
-
-    async def _place_again(self, number: int) -> None:
-        """Place a replica whose devices are gone, waiting for others at most launcher.start_timeout_s."""
+        """A handle of a replica, not started: where it was, or on another place when that is gone; waits for devices
+        at most launcher.start_timeout_s.
+        """
         deadline, told = time.monotonic() + self._config.launcher.start_timeout_s, False
         while True:
             try:
-                return await self.prepare([number])
+                async with self._placing:
+                    return await self._make(number)
             except TooSmall as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -126,23 +108,66 @@ class RayFleet:
                 told = True
             await asyncio.sleep(WAIT_FOR_DEVICES_S)
 
+    async def _make(self, number: int) -> RayReplica:
+        if (engine := self._adoptable.pop(number, None)) is not None:
+            handle = await self._adopt(engine, self._places[number])
+            if handle is not None:
+                return handle
+        if number in self._places and not await self._answers(self._places[number]):
+            self.release(number)
+        if number not in self._places:
+            await self.prepare([number])
+        return self._handle(number, self._places[number])
+
     def release(self, number: int) -> None:
         """Give the devices of a replica back; its processes end. Unknown numbers are no error."""
         place = self._places.pop(number, None)
         if place is not None:
+            for post in place.posts:
+                post.actor.kill()
             self._cluster.release(place.reservation)
+
+    def check(self, more: int) -> None:
+        """Raise ValueError with the arithmetic when so many more replicas do not fit now."""
+        parallel = self._config.parallel
+        offers = [_offer(node, UNIT[self._device]) for node in self._cluster.nodes()]
+        place_replicas(offers, parallel.tensor, parallel.pipeline, range(more), self._device)
+
+    def release_all(self) -> None:
+        """Give everything back."""
+        for number in list(self._places):
+            self.release(number)
 
     async def close(self) -> None:
         """Give everything back and leave the cluster."""
-        for number in list(self._places):
-            self.release(number)
+        self.release_all()
         await asyncio.to_thread(self._cluster.close)
+
+    async def recover(self) -> list[int]:
+        """Find what an earlier process of this name left; the numbers of the replicas whose crews are all there. Their
+        engines are taken over by the first handles made of them.
+        """
+        assert self._name is not None, "only detached models outlive a process"
+        for number, (place, engine) in (
+            await recover_places(self._cluster, self._name, self._config.ranks_per_replica)
+        ).items():
+            self._places[number] = place
+            if engine is not None:
+                self._adoptable[number] = engine
+                settled = Settled(config=engine.model.config, notes=[], ranks_per_device=engine.ranks_per_device)
+                self._settled = self._settled or settled
+        if self._places and self._settled is None:
+            self._settled = self._settle()
+        return sorted(self._places)
 
     async def _occupy(self, number: int, shares: list[Share], addresses: dict[str, str]) -> None:
         unit = UNIT[self._device]
         bundles = [(share.host, {unit: float(len(share.ranks))}) for share in shares]
-        name = f"replica {number}"
-        reservation = await self._cluster.reserve(bundles, name, False, RESERVE_TIMEOUT_S)
+        detached = self._name is not None
+        name = place_name(self._name, number)
+        if detached:
+            end_crews(self._cluster, name)
+        reservation = await self._cluster.reserve(bundles, name, detached, RESERVE_TIMEOUT_S)
         try:
             actors = [
                 self._cluster.start_actor(
@@ -152,6 +177,7 @@ class RayFleet:
                     reservation=reservation,
                     bundle=index,
                     resources=bundles[index][1],
+                    name=f"{name}/crew {index}" if detached else None,
                 )
                 for index, share in enumerate(shares)
             ]
@@ -164,6 +190,16 @@ class RayFleet:
             for share, actor, report in zip(shares, actors, reports, strict=True)
         ]
         self._places[number] = Place(reservation=reservation, posts=posts)
+        for index, post in enumerate(posts):
+            assignment = Assignment(
+                number=number,
+                index=index,
+                ranks=post.ranks,
+                node_id=post.node_id,
+                address=post.address,
+                report=post.report,
+            )
+            await post.actor.call("assign", msgspec.msgpack.encode(assignment))
 
     async def _look(self, actor: Actor) -> HostReport:
         """What a crew says of its host, found fit. Raises ValueError, EngineError naming host, both values and fix."""
@@ -239,7 +275,7 @@ class RayFleet:
         collectives = choose_collectives(self._config, host, self._device)
         runtime = msgspec.structs.replace(settled.config.runtime, collectives=collectives)
         config = msgspec.structs.replace(settled.config, runtime=runtime)
-        shards, key = shard_model(self._spec, config.parallel), new_key()
+        shards, key = shard_model(self._spec, config.parallel, config.model.quantization), new_key()
         assert config.runtime.threads is not None, "settled"
         listener = Listener.unix() if first.report.host == host_id() else Listener.tcp(self._own.address)
         config_fingerprint = fingerprint(self._config, self._spec)
@@ -254,6 +290,7 @@ class RayFleet:
             key=key,
             config_fingerprint=config_fingerprint,
             listen_host=None if place.one_host else first.address,
+            grace_s=0.0 if self._name is None else config.launcher.controller_grace_s,
         )
         others = {
             post.actor: [
@@ -272,7 +309,31 @@ class RayFleet:
             for post in place.posts[1:]
         }
         several = self._config.parallel.data > 1 or number > 0
-        return RayReplica(first.actor, others, listener, bootstrap, where=f"replica {number}: " if several else "")
+        return RayReplica(
+            first.actor,
+            others,
+            listener,
+            bootstrap,
+            addresses=place.addresses,
+            where=f"replica {number}: " if several else "",
+        )
+
+    async def _adopt(self, engine: EngineBootstrap, place: Place) -> RayReplica | None:
+        """A handle that takes over a running engine; None when that has ended meanwhile."""
+        first = place.posts[0]
+        listener = Listener.unix() if first.report.host == host_id() else Listener.tcp(self._own.address)
+        try:
+            await first.actor.call("adopt", listener.address)
+        except EngineError as error:
+            logger.warning("replica %d starts anew, its engine has not held out: %s", engine.replica, error)
+            listener.close()
+            return None
+        bootstrap = msgspec.structs.replace(engine, front_address=listener.address)
+        others: dict[Actor, list[RankBootstrap]] = {post.actor: [] for post in place.posts[1:]}
+        where = f"replica {engine.replica}: "
+        return RayReplica(
+            first.actor, others, listener, bootstrap, addresses=place.addresses, where=where, adopted=True
+        )
 
     def _model(self, config: ShoalConfig, post: Post) -> Model:
         return Model(config=config, spec=self._spec, model_dir=post.report.model_dir, worker=self._worker)
@@ -286,14 +347,20 @@ def _choose_device(config: ShoalConfig, nodes: Sequence[Node]) -> Literal["cpu",
     gpus = sum(node.total["GPU"] for node in nodes)
     if config.runtime.device == "cuda" and gpus == 0:
         raise ValueError("runtime.device = cuda, but no node of the Ray cluster has a GPU; use auto or cpu")
-    return "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    device: Literal["cpu", "cuda"] = "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    if device == "cuda" and config.parallel.ranks_per_device > 1:
+        raise ValueError(
+            f"parallel.ranks_per_device = {config.parallel.ranks_per_device}, but Ray gives every rank a GPU of its "
+            "own; leave it out, or start with launcher.kind = local or torchrun"
+        )
+    return device
 
 
 def _offer(node: Node, unit: str) -> HostOffer:
     return HostOffer(host=node.node_id, name=node.address, total=node.total[unit], free=node.free[unit])
 
 
-def _portable(config: ShoalConfig, model_dir: Path | None) -> str | None:
+def portable(config: ShoalConfig, model_dir: Path | None) -> str | None:
     """The model's path as every host can resolve it: demo and hub ids as they are, folders absolute."""
     path = config.model.path
     if model_dir is None or path is None:

@@ -10,10 +10,12 @@ from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.crew_messages import ENDS, StartRanks
 from shoal.launcher.engine_replica import EngineReplica
 from shoal.launcher.ray_cluster import Actor
+from shoal.launcher.replica import RankPlace
 from shoal.parallel.control_connect import Listener
 
 WATCH_S = 20.0
 EXPLAIN_WAIT_S = 1.5
+LOOK_S = 0.3
 STOP_WAIT_S = 5.0
 
 
@@ -27,17 +29,23 @@ class RayReplica(EngineReplica):
         listener: Listener,
         bootstrap: EngineBootstrap,
         *,
+        addresses: Mapping[int, str],
         where: str = "",
+        adopted: bool = False,
     ) -> None:
-        """others: the ranks of the other crews, without the engine's address."""
+        """others: the ranks of the other crews, without the engine's address. addresses: of the node of each rank.
+        adopted: the engine runs already and connects to the listener.
+        """
         super().__init__(listener, bootstrap, where=where, on_listening=self._order_ranks)
-        self._engine_crew, self._others = engine_crew, dict(others)
+        self._engine_crew, self._others, self._adopted = engine_crew, dict(others), adopted
+        self._addresses = addresses
         self._orders: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[str] | None = None
 
     async def start(self) -> None:
         """Have the engine forked."""
-        await self._engine_crew.call("start_engine", msgspec.msgpack.encode(self.bootstrap))
+        if not self._adopted:
+            await self._engine_crew.call("start_engine", msgspec.msgpack.encode(self.bootstrap))
         self._watch = asyncio.create_task(self._engine_end())
 
     def _order_ranks(self, address: str) -> None:
@@ -69,6 +77,25 @@ class RayReplica(EngineReplica):
         if self._watch is not None:
             await asyncio.wait([self._watch], timeout=EXPLAIN_WAIT_S)
         return self.how_ended() or ""
+
+    async def failed(self) -> EngineError:
+        """The same; the engine sees only a hangup of a rank elsewhere, and that rank's crew knows more."""
+        error = await super().failed()
+        told = await asyncio.gather(*(self._ended_by_signal(actor) for actor in self._others))
+        known = [text for texts in told for text in texts]
+        return EngineError(f"{self._where}{'; '.join(known)}\n{error}") if known else error
+
+    async def _ended_by_signal(self, actor: Actor) -> list[str]:
+        """Which ranks of a crew something killed, or that the crew itself is gone."""
+        try:
+            ends = ENDS.decode(await actor.call("ends", LOOK_S, timeout_s=EXPLAIN_WAIT_S)).ends
+        except EngineError as error:
+            return [str(error)]
+        return [f"{ended.name} of {actor.name}: {ended.how}" for ended in ends if ended.by_signal]
+
+    def places(self) -> list[RankPlace]:
+        """Hosts by the addresses of their nodes."""
+        return [msgspec.structs.replace(place, host=self._addresses[place.rank]) for place in super().places()]
 
     async def stop(self) -> None:
         """The same, and the crews kill what has not ended then."""

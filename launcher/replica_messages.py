@@ -109,6 +109,10 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """End the ranks, then the engine process."""
 
 
+class Renew(Message, frozen=True, kw_only=True):
+    """The front end of a detached controller lives: its requests go on (see `shoal.launcher.controller_door`)."""
+
+
 FromEngine = (
     Listening
     | Starting
@@ -123,7 +127,7 @@ FromEngine = (
     | LogText
     | Failure
 )
-ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown
+ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown | Renew
 
 FROM_ENGINE: "msgspec.msgpack.Decoder[FromEngine]" = msgspec.msgpack.Decoder(FromEngine)
 TO_ENGINE: "msgspec.msgpack.Decoder[ToEngine]" = msgspec.msgpack.Decoder(ToEngine)

@@ -44,6 +44,7 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     """Resolve the settings for a model on this host. Raises ValueError naming setting, value, limit and fix."""
     device = choose_device(config, host)
     collectives = choose_collectives(config, host, device)
+    check_quantization(config, device)
     threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -62,31 +63,51 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
             config.runtime, device=device, collectives=collectives, threads=threads, native=native, seed=seed
         ),
     )
-    return Settled(config=settled, notes=_notes(settled, host), ranks_per_device=1 if device == "cuda" else host.ranks)
+    sharing = config.parallel.ranks_per_device if device == "cuda" else host.ranks
+    return Settled(config=settled, notes=_notes(settled, host), ranks_per_device=sharing)
 
 
 def choose_device(config: ShoalConfig, host: Host) -> Device:
     """The kind of device. Raises ValueError when there are too few GPUs."""
-    wanted = config.runtime.device
+    wanted, layout = config.runtime.device, config.parallel
     if wanted == "cpu" or (wanted == "auto" and host.gpus == 0):
+        if layout.ranks_per_device > 1:
+            raise ValueError(
+                f"parallel.ranks_per_device = {layout.ranks_per_device} says how many ranks share a GPU, and the ranks "
+                "run on the CPU, whose memory all share; leave it out"
+            )
         return "cpu"
     if host.gpus == 0:
         raise ValueError("runtime.device = cuda, but torch sees no GPU here; `shoal doctor` says why, or use cpu")
-    if host.ranks > host.gpus:
-        layout = config.parallel
+    needed = -(-host.ranks // layout.ranks_per_device)
+    if needed > host.gpus:
         raise ValueError(
-            f"the layout tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} needs {host.ranks} "
-            f"GPUs on this host, and torch sees {host.gpus}; lower a size, or rehearse it with runtime.device = cpu"
+            f"the layout tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} needs {needed} "
+            f"GPUs on this host, and torch sees {host.gpus}; lower a size, share the cards with "
+            f"parallel.ranks_per_device = {-(-host.ranks // host.gpus)}, or rehearse it with runtime.device = cpu"
         )
     return "cuda"
+
+
+def check_quantization(config: ShoalConfig, device: Device) -> None:
+    """Raise ValueError where quantised weights cannot be computed with."""
+    if config.model.quantization != "none" and device == "cuda":
+        raise ValueError(
+            f"model.quantization = {config.model.quantization} works on CPUs only, and torch sees GPUs here; "
+            "use none, or set runtime.device = cpu"
+        )
 
 
 def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:
     """How ranks exchange tensors. Raises ValueError when the asked way cannot work here."""
     wanted, size = config.runtime.collectives, config.ranks_per_replica
-    if wanted in ("shm", "gloo") and device == "cuda" and size > 1:
+    shared = config.parallel.ranks_per_device > 1
+    if wanted == "shm" and device == "cuda" and size > 1:
+        raise ValueError("runtime.collectives = shm joins CPU tensors, and the ranks run on GPUs; use auto or nccl")
+    if wanted == "nccl" and shared and size > 1:
         raise ValueError(
-            f"runtime.collectives = {wanted} joins CPU tensors, and the ranks run on GPUs; use auto or nccl"
+            f"runtime.collectives = nccl refuses two ranks on one GPU, and parallel.ranks_per_device = "
+            f"{config.parallel.ranks_per_device}; use auto"
         )
     if wanted == "shm":
         if not host.native:
@@ -104,23 +125,29 @@ def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Liter
     if wanted != "auto":
         return wanted
     if device == "cuda":
-        return "nccl"
+        return "gloo" if shared else "nccl"
     return "shm" if host.native and host.one_host and size <= MAX_RANKS else "gloo"
 
 
 def _notes(config: ShoalConfig, host: Host) -> list[str]:
     """What was chosen, for people."""
     layout, runtime = config.parallel, config.runtime
+    weights = "" if config.model.quantization == "none" else f" with {config.model.quantization} weights"
     between = f", {runtime.collectives} collectives" if config.ranks_per_replica > 1 else ""
+    if between and runtime.device == "cuda" and runtime.collectives == "gloo":
+        between += " through host memory"
+    if layout.ranks_per_device > 1:
+        between += f", {layout.ranks_per_device} ranks per GPU"
     threads = f", {runtime.threads} {'thread' if runtime.threads == 1 else 'threads'} per rank"
     kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
     notes = [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "
-        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}, context "
+        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}{weights}, context "
         f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
     ]
-    if host.gpus > host.ranks and runtime.device == "cuda":
+    used = -(-host.ranks // layout.ranks_per_device)
+    if host.gpus > used and runtime.device == "cuda":
         more = host.gpus // max(1, host.ranks // layout.tensor)  # a tensor group may span hosts
         hint = f": try -tp {more}" if more > layout.tensor else ""
-        notes.append(f"{host.gpus} GPUs seen, using {host.ranks}{hint}")
+        notes.append(f"{host.gpus} GPUs seen, using {used}{hint}")
     return notes

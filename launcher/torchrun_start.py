@@ -109,7 +109,7 @@ def _replica(
 ) -> EngineReplica:
     """The handle of one replica. group: its ranks; front: this process."""
     config, leader = settled.config, group[0]
-    shards, key = shard_model(model.spec, config.parallel), new_key()
+    shards, key = shard_model(model.spec, config.parallel, config.model.quantization), new_key()
     assert config.runtime.threads is not None, "settled"
     listener = Listener.unix() if leader.host == front.host else Listener.tcp(front.address)
     bootstrap = EngineBootstrap(

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from shoal.kernels.attention import paged_attention
-from shoal.kernels.kv_write import kv_write
-from shoal.kernels.rope import rope_
+from shoal.kernels.rope_kv_write import rope_kv_write
 from shoal.model.batch import BatchInput
 from shoal.model.kv_cache import LayerCache
-from shoal.model.qk_norm import make_qk_norm
+from shoal.model.qk_norm import make_across_heads_norm, make_head_norm
 from shoal.model.shard import ModelShard
 from shoal.model.spec import Attention
 from shoal.parallel.communicator import Communicator
@@ -43,9 +42,14 @@ class AttentionMixer:
         self.out = RowLinear(params["o.weight"], params.get("o.bias"), group, deterministic=deterministic)
         self.out_bias = self.out.bias
         device = params["qkv.weight"].device
-        self.q_to_kv = torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
+        self.group_size = max(heads.q_to_kv.count(kv) for kv in range(heads.num_kv_heads))
+        # even groups only: what uniform_map gives
+        uniform = list(heads.q_to_kv) == [head // self.group_size for head in range(heads.num_heads)]
+        uniform &= heads.num_heads == self.group_size * heads.num_kv_heads
+        self.q_to_kv = None if uniform else torch.tensor(heads.q_to_kv, dtype=torch.int32, device=device)
         self.sinks = params["sinks"].float() if spec.sinks else None
-        self.qk_norm = make_qk_norm(spec, shard, params, group, deterministic=deterministic)
+        self.head_norm = make_head_norm(spec, params)
+        self.across_heads = make_across_heads_norm(spec, shard, params, group, deterministic=deterministic)
 
     def partial(
         self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
@@ -56,13 +60,13 @@ class AttentionMixer:
         """
         num_tokens, dim = x_TH.shape[0], self.spec.head_dim
         heads_TGD = self.qkv(x_TH).view(num_tokens, self.num_rows, dim)
-        q_TQD, k_TKD, v_TKD = heads_TGD.split_with_sizes(self.split, 1)
-        if self.qk_norm is not None:
-            self.qk_norm(q_TQD, k_TKD)
-        if cos_sin_TR is not None:
-            rope_(heads_TGD[:, : self.num_heads + self.num_kv_heads], cos_sin_TR)
+        q_TQD, k_TKD, _ = heads_TGD.split_with_sizes(self.split, 1)
+        if self.across_heads is not None:
+            self.across_heads(q_TQD, k_TKD)
         tables = batch.groups[cache.group]
-        kv_write(k_TKD, v_TKD, cache.keys, cache.values, tables.slot_mapping_T)
+        rope_kv_write(
+            heads_TGD, self.num_heads, self.head_norm, cos_sin_TR, cache.keys, cache.values, tables.slot_mapping_T
+        )
         attended_TQD = paged_attention(
             q_TQD,
             cache.keys,
@@ -75,6 +79,10 @@ class AttentionMixer:
             softcap=self.spec.softcap,
             sinks=self.sinks,
             q_to_kv=self.q_to_kv,
+            group_size=self.group_size,
+            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_k=batch.max_seqlen_k,
+            shared_keys=tables.shared_keys,
             deterministic=self.deterministic,
         )
         return self.out.partial(attended_TQD.view(num_tokens, self.num_heads * dim))

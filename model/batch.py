@@ -16,10 +16,13 @@ class GroupTables:
 
     block_table_RB: [num_rows, max_blocks] int32, -1 or stale beyond a row's blocks and before its window, never read
     there. slot_mapping_T: [num_tokens] int64, block * block_size + offset where each token's key and value go.
+    shared_keys: so many first keys are in the same blocks for all rows, and every query sees them; 0 where that is not
+    looked for (it only helps on GPUs).
     """
 
     block_table_RB: torch.Tensor
     slot_mapping_T: torch.Tensor
+    shared_keys: int = 0
     _native: list[NativeStep] = field(default_factory=list, repr=False)  # made when first asked for
 
     def native_step(self, batch: "BatchInput", block_size: int) -> NativeStep:

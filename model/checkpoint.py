@@ -5,18 +5,20 @@
 
 Everything that headers can tell about the whole model is checked before any weight is read; every value read is checked
 to be finite. Peak memory: the shard, plus a staging buffer of at most STAGING_BYTES (or the widest row) for what needs
-a conversion or a transposition.
+a conversion or a transposition, plus one slab (model/quantize.py) when weights are quantised as they arrive.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from shoal.kernels.quantized_weight import QuantizedWeight
 from shoal.model.checkpoint_files import Checkpoint, check_tensors
 from shoal.model.families.family import Family
-from shoal.model.families.names import Source
+from shoal.model.families.names import Source, logical_shapes
 from shoal.model.parameters import local_parameters
+from shoal.model.quantize import Slab, new_parameter, slabs
 from shoal.model.safetensors_file import CheckpointError, SafetensorsFile, TensorInfo
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
@@ -75,8 +77,8 @@ def source_blocks(
 class Reader:
     """Reads blocks into local tensors through one bounded staging buffer."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, staging_bytes: int) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, device: torch.device, staging_bytes: int) -> None:
+        self.device = device
         self.staging = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.staging_view = self.staging.numpy().data
 
@@ -86,7 +88,7 @@ class Reader:
         """
         stored, size = TORCH_DTYPES[block.info.dtype], block.info.itemsize
         contiguous = block.outer_stride == block.inner or block.outer == 1
-        direct = contiguous and self.device.type == "cpu" and stored == self.dtype and block.dest.is_contiguous()
+        direct = contiguous and self.device.type == "cpu" and stored == block.dest.dtype and block.dest.is_contiguous()
         if direct:
             block.file.read_into(block.dest.view(torch.uint8).flatten().numpy().data, block.begin)
             self.check_finite(block, block.dest)
@@ -115,10 +117,10 @@ class Reader:
             raise CheckpointError(
                 f"{where} holds a value that is not finite (NaN or infinity); the checkpoint is damaged"
             )
-        limit = torch.finfo(self.dtype).max
+        limit = torch.finfo(block.dest.dtype).max
         if max(-low, high) > limit:
             raise CheckpointError(
-                f"{where} holds {max(-low, high):g}, beyond {self.dtype} ({limit:g}): "
+                f"{where} holds {max(-low, high):g}, beyond {block.dest.dtype} ({limit:g}): "
                 "set model.dtype to bfloat16 or float32"
             )
 
@@ -128,13 +130,16 @@ def plan_blocks(
     sources: dict[str, Source],
     spec: DecoderSpec,
     shard: ModelShard,
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor | QuantizedWeight],
 ) -> list[Block]:
-    """Every block this rank reads, in the order of the files."""
+    """Every block this rank reads into place, in the order of the files: those of tensors that are not quantised."""
     blocks: list[Block] = []
     for parameter in local_parameters(spec, shard):
+        tensor = tensors[parameter.name]
+        if isinstance(tensor, QuantizedWeight):
+            continue
         for part in parameter.parts:
-            dest = tensors[parameter.name][tuple(slice(start, stop) for start, stop in part.dest)]
+            dest = tensor[tuple(slice(start, stop) for start, stop in part.dest)]
             if dest.numel() == 0:
                 continue
             if dest.dim() > len(part.source):
@@ -153,23 +158,68 @@ def load_parameters(
     dtype: torch.dtype,
     device: torch.device | str,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """This rank's parameters by local name (model/parameters.py), shapes as in its table, of `dtype` on `device`.
+) -> dict[str, Any]:
+    """This rank's parameters by local name (model/parameters.py), shapes as in its table, of `dtype` on `device`;
+    QuantizedWeights where the shard is quantised.
 
     on_progress(bytes so far, bytes in all) is called after every block. Raises CheckpointError: what headers show for
     the whole model before anything is read, values that are not finite while reading.
     """
     sources = check_tensors(checkpoint, family, spec)
     device = torch.device(device)
-    tensors = {p.name: torch.empty(p.shape, dtype=dtype, device=device) for p in local_parameters(spec, shard)}
+    tensors = {p.name: new_parameter(p, dtype, device) for p in local_parameters(spec, shard)}
     blocks = plan_blocks(checkpoint, sources, spec, shard, tensors)
-    sizes = [block.outer * block.inner * block.info.itemsize for block in blocks]
-    widest = max((block.inner * block.info.itemsize for block in blocks), default=0)
-    reader = Reader(dtype, device, max(widest, min(STAGING_BYTES, max(sizes, default=0))))
+    rounded = plan_slabs(checkpoint, sources, spec, shard, tensors)
+    every = blocks + [
+        block
+        for slab in rounded
+        for block in slab_blocks(checkpoint, sources, slab, torch.empty(slab.shape, device="meta"))
+    ]
+    sizes = [block.outer * block.inner * block.info.itemsize for block in every]
+    widest = max((block.inner * block.info.itemsize for block in every), default=0)
+    reader = Reader(device, max(widest, min(STAGING_BYTES, max(sizes, default=0))))
     total, done = sum(sizes), 0
-    for block, size in zip(blocks, sizes, strict=True):
-        reader.read(block)
-        done += size
-        if on_progress is not None:
-            on_progress(done, total)
+
+    def read(some: list[Block]) -> None:
+        nonlocal done
+        for block in some:
+            reader.read(block)
+            done += block.outer * block.inner * block.info.itemsize
+            if on_progress is not None:
+                on_progress(done, total)
+
+    read(blocks)
+    for slab in rounded:
+        values = torch.empty(slab.shape)
+        read(slab_blocks(checkpoint, sources, slab, values))
+        slab.weight.put(slab.column, values)
     return tensors
+
+
+def plan_slabs(
+    checkpoint: Checkpoint,
+    sources: dict[str, Source],
+    spec: DecoderSpec,
+    shard: ModelShard,
+    tensors: dict[str, torch.Tensor | QuantizedWeight],
+) -> list[Slab]:
+    """Every slab that is quantised on this rank, in the order of the files."""
+    widths = {name: shape[-1] for name, shape in logical_shapes(spec).items()}
+    found: list[Slab] = []
+    for parameter in local_parameters(spec, shard):
+        weight = tensors[parameter.name]
+        if isinstance(weight, QuantizedWeight):
+            found.extend(slabs(parameter, weight, widths))
+
+    def place(slab: Slab) -> tuple[str, int, int]:
+        file, info = checkpoint.tensors[sources[slab.logical].tensor]
+        return file.path.name, info.begin, slab.source[0][0]
+
+    return sorted(found, key=place)
+
+
+def slab_blocks(checkpoint: Checkpoint, sources: dict[str, Source], slab: Slab, values: torch.Tensor) -> list[Block]:
+    """The file rectangles of a slab. values: float32 of its shape, where they go."""
+    source = sources[slab.logical]
+    file, info = checkpoint.tensors[source.tensor]
+    return list(source_blocks(file, info, source, slab.source, values))

@@ -20,7 +20,7 @@ from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
 from shoal.model.fused import fuse_feed_forward, fuse_mixer
 from shoal.model.kv_cache import KVCache, LayerCache
-from shoal.model.norms import make_norm
+from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
 from shoal.model.rotary import RotaryTable
 from shoal.model.shard import ModelShard
@@ -61,56 +61,86 @@ class DecoderLayer:
         return out_TH
 
     def mix(
-        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
-    ) -> torch.Tensor:
-        """This rank's part of the normed input's attention."""
+        self,
+        x_TH: torch.Tensor,
+        branch_TH: torch.Tensor | None,
+        cos_sin_TR: torch.Tensor | None,
+        batch: BatchInput,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + branch, this rank's part of the attention of its norm)."""
         if self.fused_mixer is not None:
+            x_TH, _ = summed(x_TH, branch_TH, None)
             step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
-            return self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
-        return self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+            return x_TH, self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
+        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_mixer)
+        return x_TH, self.mixer.partial(normed_TH, cos_sin_TR, batch, cache)
 
-    def feed(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the feed-forward of the normed input."""
+    def feed(self, x_TH: torch.Tensor, branch_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + branch, this rank's part of the feed-forward of its norm)."""
         if self.fused_ffn is not None:
-            return self.fused_ffn(x_TH)
-        return self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+            x_TH, _ = summed(x_TH, branch_TH, None)
+            return x_TH, self.fused_ffn(x_TH)
+        x_TH, normed_TH = summed(x_TH, branch_TH, self.pre_ffn)
+        return x_TH, self.ffn.partial(normed_TH)
 
     def __call__(
-        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
-    ) -> torch.Tensor:
-        """The layer's output, [T, H]; x is not changed."""
-        mixed_TH = self.mix(x_TH, cos_sin_TR, batch, cache)
+        self,
+        x_TH: torch.Tensor,
+        branch_TH: torch.Tensor | None,
+        cos_sin_TR: torch.Tensor | None,
+        batch: BatchInput,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer of x + branch, what the layer before returned (branch None: x alone): (x, branch), [T, H] each.
+
+        Their sum is left to the next layer, whose norm follows it. x is not changed; branch may be overwritten.
+        """
+        x_TH, mixed_TH = self.mix(x_TH, branch_TH, cos_sin_TR, batch, cache)
         if self.residual == "parallel":
-            return self.parallel_branches(x_TH, mixed_TH)
+            return x_TH, self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
         if self.residual == "normed":
-            return self.normed_sums(x_TH, mixed_TH)
+            return self.normed_sums(x_TH, mixed_TH), None
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
-        x_TH = mixed_TH.add_(x_TH)
-        out_TH = self.reduced(self.feed(x_TH), self.ffn.out_bias)
+        x_TH, out_TH = self.feed(x_TH, mixed_TH)
+        out_TH = self.reduced(out_TH, self.ffn.out_bias)
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
-        return out_TH.add_(x_TH)
+        return x_TH, out_TH
 
     def normed_sums(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The normed residual form, from the mixer's whole output on."""
         assert self.post_mixer and self.post_ffn, "a normed residual has both norms"
         x_TH = self.post_mixer(mixed_TH.add_(x_TH))
-        return self.post_ffn(self.reduced(self.feed(x_TH), self.ffn.out_bias).add_(x_TH))
+        _, out_TH = self.feed(x_TH, None)
+        return self.post_ffn(self.reduced(out_TH, self.ffn.out_bias).add_(x_TH))
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
         follow.
         """
-        out_TH = self.feed(x_TH)
+        _, out_TH = self.feed(x_TH, None)
         if self.post_mixer or self.post_ffn:
             mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
             out_TH = self.reduced(out_TH, self.ffn.out_bias)
             mixed_TH = self.post_mixer(mixed_TH) if self.post_mixer else mixed_TH
             out_TH = self.post_ffn(out_TH) if self.post_ffn else out_TH
-            return out_TH.add_(mixed_TH).add_(x_TH)
-        return self.reduced(out_TH.add_(mixed_TH), self.mixer.out_bias, self.ffn.out_bias).add_(x_TH)
+            return out_TH.add_(mixed_TH)
+        return self.reduced(out_TH.add_(mixed_TH), self.mixer.out_bias, self.ffn.out_bias)
+
+
+def summed(
+    x_TH: torch.Tensor, branch_TH: torch.Tensor | None, norm: NormLayer | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + branch, its norm), without a branch or a norm just what is left. x is not changed; branch may be."""
+    if branch_TH is None:
+        return x_TH, x_TH if norm is None else norm(x_TH)
+    if norm is not None:
+        return norm.of_sum(x_TH, branch_TH)
+    x_TH = branch_TH.add_(x_TH)
+    return x_TH, x_TH
 
 
 class Stage:
@@ -186,14 +216,15 @@ class Stage:
         """This stage's layers. hidden: [T, H], from embed or from the stage before. The tokens' keys and values are
         written to the cache. Returns [T, H].
         """
+        branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
         for index, layer in self.layers.items():
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
-            hidden_TH = layer(hidden_TH, cos_sin_TR, batch, cache.layers[index])
+            hidden_TH, branch_TH = layer(hidden_TH, branch_TH, cos_sin_TR, batch, cache.layers[index])
             if self.on_layer is not None:
                 self.on_layer()
-        return hidden_TH
+        return hidden_TH if branch_TH is None else branch_TH.add_(hidden_TH)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,15 @@ name and row: as fast as copying. Matrices have variance 1 / columns, norms are 
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
+from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.model.families.names import logical_shapes
 from shoal.model.parameters import LocalParameter, Part, local_parameters
+from shoal.model.quantize import new_parameter, slabs
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec, Norm
 
@@ -69,20 +73,28 @@ class _Source:
 
 
 def fill_dummy(
-    params: Mapping[str, torch.Tensor], table: Iterable[LocalParameter], spec: DecoderSpec, seed: int
+    params: Mapping[str, torch.Tensor | QuantizedWeight], table: Iterable[LocalParameter], spec: DecoderSpec, seed: int
 ) -> None:
     """Fill every tensor of the table, which params holds by name, in place. seed: an integer >= 0."""
     source = _Source(spec, seed)
+    widths = {name: shape[-1] for name, shape in logical_shapes(spec).items()}
     for parameter in table:
-        for part in parameter.parts:
-            source.fill(params[parameter.name][tuple(slice(*bounds) for bounds in part.dest)], part)
+        target = params[parameter.name]
+        if isinstance(target, QuantizedWeight):
+            for slab in slabs(parameter, target, widths):
+                values = torch.empty(slab.shape)
+                source.fill(values, Part(slab.logical, slab.source, ()))
+                slab.weight.put(slab.column, values)
+        else:
+            for part in parameter.parts:
+                source.fill(target[tuple(slice(*bounds) for bounds in part.dest)], part)
 
 
 def dummy_parameters(
     spec: DecoderSpec, shard: ModelShard, dtype: torch.dtype, device: torch.device, seed: int
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """The tensors of a rank by name, of random values."""
     table = list(local_parameters(spec, shard))
-    params = {parameter.name: torch.empty(parameter.shape, dtype=dtype, device=device) for parameter in table}
+    params = {parameter.name: new_parameter(parameter, dtype, device) for parameter in table}
     fill_dummy(params, table, spec, seed)
     return params

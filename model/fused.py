@@ -2,13 +2,24 @@
 and head norms of single heads or none. The others run operation by operation.
 """
 
+from typing import TypeGuard
+
+import torch
+
+from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedNorm
-from shoal.kernels.weight import PreparedWeight
+from shoal.kernels.weight import PreparedWeight, Weight
 from shoal.model.attention import AttentionMixer
 from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward
 from shoal.model.norms import NormLayer
-from shoal.model.qk_norm import PerHeadNorm
+
+CPU = torch.device("cpu")
+
+
+def for_c(weight: Weight) -> TypeGuard[PreparedWeight]:
+    """Whether the weight is prepared for the C kernels."""
+    return isinstance(weight, PreparedWeight) and hasattr(weight, "native")
 
 
 def fusible(norm: NormLayer | None) -> bool:
@@ -23,16 +34,19 @@ def fused_norm(norm: NormLayer | None) -> FusedNorm | None:
 
 def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | None:
     """The mixer with the norm before it; None where it cannot be fused."""
-    library, heads_norm, qkv, out = native_library(), mixer.qk_norm, mixer.qkv.weight, mixer.out.weight
-    if library is None or not isinstance(qkv, PreparedWeight) or not isinstance(out, PreparedWeight):
+    library, heads_norm, qkv, out = native_library(), mixer.head_norm, mixer.qkv.weight, mixer.out.weight
+    if library is None or not for_c(qkv) or not for_c(out):
+        return None
+    if not fusible(norm) or mixer.across_heads is not None:
         return None
     q_norm = k_norm = None
-    if isinstance(heads_norm, PerHeadNorm):
-        q_norm, k_norm = heads_norm.q_norm, heads_norm.k_norm
-    elif heads_norm is not None:
-        return None
-    if not (fusible(norm) and fusible(q_norm) and fusible(k_norm)):
-        return None
+    if heads_norm is not None:
+        if heads_norm.layer or heads_norm.q_bias is not None:
+            return None
+        offset = 1.0 if heads_norm.unit_offset else 0.0
+        q_norm, k_norm = (
+            FusedNorm(weight, heads_norm.eps, offset) for weight in (heads_norm.q_weight, heads_norm.k_weight)
+        )
     spec = mixer.spec
     return FusedMixer(
         library,
@@ -44,12 +58,12 @@ def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | No
         num_kv_heads=mixer.num_kv_heads,
         rotary_dim=0 if spec.rope is None else spec.rope.rotary_dim,
         scale=spec.scale,
-        q_norm=fused_norm(q_norm),
-        k_norm=fused_norm(k_norm),
+        q_norm=q_norm,
+        k_norm=k_norm,
         window=spec.window,
         softcap=spec.softcap,
         sinks=mixer.sinks,
-        q_to_kv=mixer.q_to_kv,
+        q_to_kv=uniform_map(mixer.num_heads, mixer.num_kv_heads, CPU) if mixer.q_to_kv is None else mixer.q_to_kv,
     )
 
 
@@ -59,6 +73,6 @@ def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForw
     if library is None or not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
         return None
     up = ffn.gate_up if isinstance(ffn, GatedFeedForward) else ffn.up
-    if not isinstance(up.weight, PreparedWeight) or not isinstance(ffn.down.weight, PreparedWeight):
+    if not for_c(up.weight) or not for_c(ffn.down.weight):
         return None
     return FusedFeedForward(library, fused_norm(norm), up.weight, up.bias, ffn.down.weight, kind=ffn.kind)

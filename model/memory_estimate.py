@@ -16,7 +16,7 @@ SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 co
 
 def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
     """Bytes of a rank's parameters, exactly."""
-    return itemsize * sum(parameter.numel for parameter in local_parameters(spec, shard))
+    return sum(parameter.num_bytes(itemsize) for parameter in local_parameters(spec, shard))
 
 
 def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
@@ -74,7 +74,7 @@ def estimate_reports(
     ranks_per_device: int = 1,
 ) -> list[MemoryReport]:
     """What the ranks of a replica would report. available_bytes: what an idle device can give; itemsize: bytes per
-    weight; ranks_per_device: ranks that share it (all local ones on a CPU).
+    float weight; ranks_per_device: ranks that share it (all local ones on a CPU).
     """
     weights = [weights_bytes(spec, shard, itemsize) for shard in shards]
     reports = []

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from shoal.kernels.add_norm import add_norm
 from shoal.kernels.layer_norm import layer_norm
 from shoal.kernels.rms_norm import rms_norm
 from shoal.model.spec import Norm
@@ -25,11 +26,11 @@ class NormLayer:
         y = rms_norm(x, self.weight, self.norm.eps, unit_offset=self.norm.unit_offset)
         return y if self.bias is None else y.add_(self.bias)
 
-    def normalize_(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x in place and return it; any strides."""
-        if self.norm.kind == "rms" and self.bias is None:
-            return rms_norm(x, self.weight, self.norm.eps, unit_offset=self.norm.unit_offset, out=x)
-        return x.copy_(self(x))
+    def of_sum(self, x_TH: torch.Tensor, branch_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + branch, its norm), [num_tokens, size] both. x is not changed; branch may be overwritten."""
+        layer = self.norm.kind == "layer"
+        unit_offset = self.norm.unit_offset and not layer  # a LayerNorm's is in the weight already
+        return add_norm(x_TH, branch_TH, self.weight, self.bias, self.norm.eps, layer=layer, unit_offset=unit_offset)
 
 
 def make_norm(norm: Norm | None, params: Mapping[str, Any], name: str) -> NormLayer | None:

@@ -11,7 +11,10 @@ Logical parameters are the unsharded, canonical tensors ([out, in] weights) that
     layers.I.ffn.experts.E.{gate,up,down}.weight
     layers.I.ffn.shared.{gate,up,down}.weight   layers.I.ffn.shared_gate.weight [1, H]
 Local tensors are what the decoder computes with: query, key and value rows are fused into mixer.qkv, gate and up into
-ffn.gate_up, experts are stacked. The ledger, `explain`, the loader and the decoder all read this one table. No torch.
+ffn.gate_up, experts are stacked. With shard.quantization the weights of linears have `bits`
+(kernels/quantized_format.py): 8 or 4 in the layers, experts included, and 8 in the head, and in the embedding where
+that is the head as well; other embeddings, norms, biases, routers and sinks are floats always. The ledger, `explain`,
+the loader and the decoder all read this one table. No torch.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from math import prod
 
 import msgspec
 
-from shoal.model.shard import ModelShard
+from shoal.kernels.quantized_format import GROUP, quantized_bytes
+from shoal.model.shard import ModelShard, Quantization
 from shoal.model.spec import Attention, DecoderSpec, GatedFfn, Layer, MoeFfn, Norm
 from shoal.parallel.sharding import Range
 
@@ -34,16 +38,29 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class LocalParameter(msgspec.Struct, frozen=True):
-    """One tensor of a rank."""
+    """One tensor of a rank. bits: of its codes when it is quantised, None for floats."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    bits: int | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def lead(self) -> int:
+        """Inputs of the first group of a quantised weight that lie before this slice."""
+        return self.parts[0].source[-1][0] % GROUP
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Bytes it takes when floats take itemsize."""
+        if self.bits is None:
+            return self.numel * itemsize
+        *count, columns, inner = self.shape
+        return prod(count) * quantized_bytes(columns, inner, self.lead, self.bits)
 
 
 def whole(name: str, *shape: int) -> LocalParameter:
@@ -155,9 +172,31 @@ def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
     return spec.tie_embeddings and shard.has_embedding and shard.has_head
 
 
+LINEARS = ("mixer.qkv", "mixer.o", "gate_up", "ffn.up", "down")
+BITS = {"int8": 8, "int4": 4}  # of their codes,
+HEAD_BITS = 8  # and of the head's
+
+
+def weight_bits(name: str, quantization: Quantization, tied: bool) -> int | None:
+    """Bits of a local tensor's codes; None when it is not quantised. tied: the embedding is the head as well."""
+    module, _, kind = name.rpartition(".")
+    if quantization == "none" or kind != "weight":
+        return None
+    if module == "head" or (module == "embed" and tied):
+        return HEAD_BITS
+    return BITS[quantization] if module.endswith(LINEARS) else None
+
+
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
     """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a
     tensor of its own."""
+    for parameter in float_parameters(spec, shard):
+        bits = weight_bits(parameter.name, shard.quantization, spec.tie_embeddings)
+        yield parameter if bits is None else msgspec.structs.replace(parameter, bits=bits)
+
+
+def float_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
+    """The table with no word on bits."""
     vocab, hidden, embed = shard.vocab(spec.vocab_size), spec.hidden_size, spec.embed_size or spec.hidden_size
     if shard.has_embedding:
         yield stacked("embed.weight", [("embed.weight", vocab)], embed)

@@ -10,6 +10,7 @@ import torch
 
 from shoal.kernels.build import NativeLibrary
 from shoal.kernels.native_types import takes_native
+from shoal.kernels.quantized_weight import QuantizedWeight
 from shoal.kernels.weight import LEAST_COLUMNS, PackedWeight, PreparedWeight
 
 MULTIPLIED = ("qkv", "o", "gate_up", "up", "down", "router", "shared_gate", "head")
@@ -44,6 +45,9 @@ def prepare_weights(params: Params, library: NativeLibrary | None, *, head_is_sh
     prepared: Params = {}
     for name in list(params):
         value = params.pop(name)
+        if isinstance(value, QuantizedWeight):
+            prepared[name] = value.unstacked() if len(value.shape) == 3 else value
+            continue
         multiplied = is_multiplied(name) or (head_is_shared and name == "embed.weight")
         prepared[name] = prepare(value, library) if library is not None and multiplied else value
     return prepared

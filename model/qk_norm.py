@@ -1,32 +1,21 @@
-"""Normalisation of queries and keys before rotary positions, in place: per head, or over all heads of all ranks at
-once.
+"""Normalisation of queries and keys before rotary positions: per head (a part of kernels/rope_kv_write.py), or over all
+heads of all ranks at once, in place.
 
 Shapes: T tokens; Q query heads, K key heads, D head_dim, local to the rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import torch
 
-from shoal.model.norms import NormLayer, make_norm
+from shoal.kernels.rope_kv_write import HeadNorm
+from shoal.model.norms import make_norm
 from shoal.model.shard import ModelShard
 from shoal.model.spec import Attention
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.norm import ShardedRmsNorm
-
-
-class PerHeadNorm:
-    """Every head by itself, all with the same weights (Qwen3, Gemma-3). No collective."""
-
-    def __init__(self, q_norm: NormLayer, k_norm: NormLayer) -> None:
-        self.q_norm, self.k_norm = q_norm, k_norm
-
-    def __call__(self, q_TQD: torch.Tensor, k_TKD: torch.Tensor) -> None:
-        """Normalise both in place."""
-        self.q_norm.normalize_(q_TQD)
-        self.k_norm.normalize_(k_TKD)
 
 
 class AcrossHeadsNorm:
@@ -55,22 +44,37 @@ class AcrossHeadsNorm:
         k_TC.copy_(self.k_norm.scale(k_TC.float(), squares_T2[:, 1:]))
 
 
-def make_qk_norm(
+def make_head_norm(spec: Attention, params: Mapping[str, Any]) -> HeadNorm | None:
+    """The norm of every head by itself (Qwen3, Gemma-3); None when there is none. No collective."""
+    if spec.qk_norm is None or not spec.qk_norm.per_head:
+        return None
+    norm = spec.qk_norm.norm
+    q_norm, k_norm = (make_norm(norm, params, name) for name in ("q_norm", "k_norm"))
+    assert q_norm is not None and k_norm is not None
+    layer = norm.kind == "layer"
+    return HeadNorm(
+        q_norm.weight,
+        k_norm.weight,
+        q_norm.bias,
+        k_norm.bias,
+        norm.eps,
+        layer=layer,
+        unit_offset=norm.unit_offset and not layer,
+    )
+
+
+def make_across_heads_norm(
     spec: Attention,
     shard: ModelShard,
     params: Mapping[str, Any],
     group: Communicator,
     *,
     deterministic: bool,
-) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
-    """What normalises queries and keys ([T, Q, D], [T, K, D]) of a layer in place; None when nothing does."""
-    if spec.qk_norm is None:
+) -> AcrossHeadsNorm | None:
+    """What normalises all heads at once, in place ([T, Q, D], [T, K, D]); None when nothing does."""
+    if spec.qk_norm is None or spec.qk_norm.per_head:
         return None
     norm = spec.qk_norm.norm
-    if spec.qk_norm.per_head:
-        q_norm, k_norm = (make_norm(norm, params, name) for name in ("q_norm", "k_norm"))
-        assert q_norm is not None and k_norm is not None
-        return PerHeadNorm(q_norm, k_norm)
     assert norm.kind == "rms" and not norm.bias, "only RMSNorm without a bias is defined over sharded heads"
     q_sharded, k_sharded = (
         ShardedRmsNorm(

@@ -2,20 +2,24 @@
 spawned."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
 from shoal.configs.schema import ParallelConfig
+from shoal.kernels.quantized_format import GROUP
 from shoal.model.spec import Attention, DecoderSpec, Ffn, MoeFfn
 from shoal.parallel.sharding import HeadShard, Range, shard_heads, split, split_layers
 
+Quantization = Literal["none", "int8", "int4"]
 COLUMN_MULTIPLE = 8  # feed-forward and vocabulary boundaries fall on it where they can: whole vectors and cache lines
 
 
 class ModelShard(msgspec.Struct, frozen=True, kw_only=True):
     """The part of one rank. Layers [first_layer, last_layer) of the spec; tensor shard tp_rank of tp_size of each.
 
-    expert_parallel: whole experts per rank instead of a slice of each.
+    expert_parallel: whole experts per rank instead of a slice of each. quantization: how linears are held; feed-forward
+    boundaries then fall on whole groups of inputs where they can.
     """
 
     tp_rank: int
@@ -26,6 +30,7 @@ class ModelShard(msgspec.Struct, frozen=True, kw_only=True):
     last_layer: int
     tensor_weights: tuple[float, ...] | None = None
     expert_parallel: bool = False
+    quantization: Quantization = "none"
 
     @property
     def has_embedding(self) -> bool:
@@ -43,7 +48,9 @@ class ModelShard(msgspec.Struct, frozen=True, kw_only=True):
 
     def columns(self, size: int) -> Range:
         """This rank's range of a feed-forward of `size` columns."""
-        return split(size, self.tp_size, self.tensor_weights, COLUMN_MULTIPLE)[self.tp_rank]
+        whole = size % GROUP == 0 and size // GROUP >= self.tp_size
+        multiple = GROUP if self.quantization != "none" and whole else COLUMN_MULTIPLE
+        return split(size, self.tp_size, self.tensor_weights, multiple)[self.tp_rank]
 
     def vocab(self, vocab_size: int) -> Range:
         """This rank's vocabulary rows, of the embedding and of the head."""
@@ -102,7 +109,7 @@ def stage_ranges(spec: DecoderSpec, stages: int, by_hand: Sequence[int] | None =
     return ranges
 
 
-def shard_model(spec: DecoderSpec, parallel: ParallelConfig) -> list[ModelShard]:
+def shard_model(spec: DecoderSpec, parallel: ParallelConfig, quantization: Quantization = "none") -> list[ModelShard]:
     """The shard of every rank of a replica, in rank order: rank = pp_rank * tensor + tp_rank.
 
     Raises ValueError naming the setting when the model cannot be divided so.
@@ -122,6 +129,7 @@ def shard_model(spec: DecoderSpec, parallel: ParallelConfig) -> list[ModelShard]
             last_layer=last,
             tensor_weights=weights,
             expert_parallel=parallel.expert,
+            quantization=quantization,
         )
         for pp_rank, (first, last) in enumerate(stage_ranges(spec, parallel.pipeline, parallel.pipeline_layers))
         for tp_rank in range(parallel.tensor)

@@ -126,6 +126,13 @@ class Channel(Generic[Received]):
         """For selectors. Call `poll` when readable: it takes everything that is there."""
         return self._socket.fileno()
 
+    @property
+    def own_host(self) -> str | None:
+        """The address of this end; None for a Unix socket."""
+        if self._socket.family == socket.AF_UNIX:
+            return None
+        return str(self._socket.getsockname()[0])
+
     def send(self, message: msgspec.Struct, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Send a message. Raises PeerGone, or ControlTimeout when the peer does not take it in time."""
         self.send_frame(encode_frame(message), timeout_s)

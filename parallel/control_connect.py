@@ -50,11 +50,17 @@ class Listener:
         sock.listen(128)
 
     @classmethod
-    def unix(cls) -> "Listener":
-        """Listen on a fresh abstract Unix socket: one host, nothing in the file system."""
-        name = f"shoal-{secrets.token_hex(12)}"
+    def unix(cls, name: str | None = None) -> "Listener":
+        """Listen on an abstract Unix socket, a fresh one without a name: one host, nothing in the file system. Raises
+        ControlError when the name is taken.
+        """
+        name = name or f"shoal-{secrets.token_hex(12)}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(f"\0{name}")
+        try:
+            sock.bind(f"\0{name}")
+        except OSError as error:
+            sock.close()
+            raise ControlError(f"cannot listen on unix:@{name}: {error.strerror or error}") from None
         return cls(sock, f"unix:@{name}")
 
     @classmethod

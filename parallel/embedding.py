@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shoal.kernels.embedding import embedding
 from shoal.kernels.linear import linear
 from shoal.kernels.weight import Weight, embedding_rows
 from shoal.parallel.communicator import Communicator
@@ -25,10 +26,7 @@ class VocabEmbedding:
         """ids: any shape, integers within the vocabulary. Returns [*ids.shape, hidden_size], a new tensor."""
         if self.group.size == 1:
             return embedding_rows(self.weight, ids)
-        start, stop = self.vocab
-        elsewhere = (ids < start) | (ids >= stop)
-        rows = embedding_rows(self.weight, (ids - start).masked_fill_(elsewhere, 0))
-        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))
+        return self.group.all_reduce(embedding(ids, self.weight, self.vocab[0]))
 
 
 class VocabHead:

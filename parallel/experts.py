@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.kernels.activation import gated_activation
+from shoal.kernels.activation import KINDS, gated_activation
+from shoal.kernels.build import native_library
+from shoal.kernels.device import on_gpu
+from shoal.kernels.experts import NativeExperts
 from shoal.kernels.linear import linear
 from shoal.kernels.weight import Weight
 from shoal.parallel.communicator import Communicator
@@ -40,12 +43,25 @@ class Experts:
         assert len(gate_up) == len(down) == count, (len(gate_up), len(down), expert_range)
         self.gate_up, self.down, self.expert_range = gate_up, down, expert_range
         self.activation, self.group, self.deterministic = activation, group, deterministic
+        self.native: NativeExperts | None = None
+        library = native_library()
+        if library is not None and isinstance(gate_up, list) and isinstance(down, list) and gate_up:
+            self.native = NativeExperts(library, gate_up, down, expert_range[0], activation)
 
     def partial(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         """x: [T, H]; weights: [T, K] float32; ids: [T, K] integers, different within a row, over all experts.
 
         Returns [T, H] in x's dtype: zeros where none of a token's experts is held here.
         """
+        if on_gpu(x_TH) and isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+            from shoal.kernels.gpu.experts import launch_experts
+
+            kind, first = KINDS[self.activation], self.expert_range[0]
+            return launch_experts(
+                x_TH, self.gate_up, self.down, weights_TK, ids_TK, first, kind, deterministic=self.deterministic
+            )
+        if self.native is not None:
+            return self.native(x_TH, weights_TK, ids_TK)
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         tokens, weights, counts = self._by_expert(weights_TK, ids_TK)
         start = 0

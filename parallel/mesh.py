@@ -19,6 +19,7 @@ from shoal.parallel.communicator import CollectiveError, Communicator, SingleCom
 from shoal.parallel.groups import GroupSpec, replica_groups
 from shoal.parallel.shm import ShmCommunicator
 from shoal.parallel.shm_segment import SegmentError, SharedSegment
+from shoal.parallel.staged_comm import StagedCommunicator
 from shoal.parallel.torch_comm import TorchCommunicator
 
 Backend = Literal["shm", "gloo", "nccl"]
@@ -70,14 +71,16 @@ def make_mesh(
     timeout_s: float,
     deterministic: bool = False,
     native: NativeLibrary | None = None,
+    device: str = "cpu",
 ) -> Mesh:
     """Meet the other ranks and make the groups. Every rank of the replica calls it with equal arguments but rank.
 
-    backend_kind: "shm" (CPU tensors, one host, needs native), "gloo" (CPU tensors), "nccl" (GPU tensors; the rank's
-    device is set before). rendezvous: a torch Store; "file://PATH" that no earlier group used; "tcp://HOST:PORT" of a
-    TCPStore that somebody serves; or for shm a SharedSegment's path. timeout_s: most seconds of any operation.
-    deterministic: sums in rank order (shm always does). Raises ValueError for arguments that cannot work,
-    CollectiveError when the others do not come.
+    backend_kind: "shm" (CPU tensors, one host, needs native), "gloo" (CPU tensors; those of a GPU through host
+    memory), "nccl" (GPU tensors; the rank's device is set before). device: where tensors are, "cpu" or "cuda:N".
+    rendezvous: a torch Store; "file://PATH" that no earlier group used; "tcp://HOST:PORT" of a TCPStore that somebody
+    serves; or for shm a SharedSegment's path. timeout_s: most seconds of any operation. deterministic: sums in rank
+    order (shm always does). Raises ValueError for arguments that cannot work, CollectiveError when the others do not
+    come.
     """
     groups = replica_groups(tp_size, pp_size)
     size = tp_size * pp_size
@@ -90,7 +93,8 @@ def make_mesh(
     if backend_kind == "shm":
         return _shm_mesh(rank, tp_size, pp_size, groups, rendezvous, timeout_s, native)
     if backend_kind in ("gloo", "nccl"):
-        return _torch_mesh(backend_kind, rank, tp_size, pp_size, groups, rendezvous, timeout_s, deterministic)
+        staged = backend_kind == "gloo" and device != "cpu"
+        return _torch_mesh(backend_kind, rank, tp_size, pp_size, groups, rendezvous, timeout_s, deterministic, staged)
     raise ValueError(f"no collectives called {backend_kind!r}; use shm, gloo or nccl")
 
 
@@ -161,6 +165,7 @@ def _torch_mesh(
     rendezvous: "str | dist.Store",
     timeout_s: float,
     deterministic: bool,
+    staged: bool,
 ) -> Mesh:
     size, timeout = tp_size * pp_size, timedelta(seconds=timeout_s)
     if dist.is_initialized():
@@ -183,7 +188,7 @@ def _torch_mesh(
     def make(index: int, group: GroupSpec) -> Communicator:
         process_group = made[index]
         assert process_group is not None
-        return TorchCommunicator(
+        made_here = TorchCommunicator(
             group.name,
             process_group,
             group.ranks,
@@ -192,6 +197,7 @@ def _torch_mesh(
             timeout_s=timeout_s,
             deterministic=deterministic,
         )
+        return StagedCommunicator(made_here) if staged else made_here
 
     return Mesh(rank, tp_size, pp_size, _choose(rank, groups, make), dist.destroy_process_group)
 

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def workloads(config: dict[str, Any], seed: int) -> dict[str, list[dict[str, Any
     shared = ids(512)
     return {
         "decode": [{"ids": ids(64), "max_tokens": 128}],
-        "batch": [{"ids": ids(rng.randint(64, 256)), "max_tokens": rng.randint(32, 96)} for _ in range(32)],
-        "prompt": [{"ids": ids(1024), "max_tokens": 1} for _ in range(4)],
         "shared": [{"ids": shared + ids(32), "max_tokens": 32} for _ in range(24)],
+        "prompt": [{"ids": ids(1024), "max_tokens": 1} for _ in range(4)],
+        "batch": [{"ids": ids(rng.randint(64, 256)), "max_tokens": rng.randint(32, 96)} for _ in range(32)],
     }
 
 
@@ -149,9 +150,16 @@ Rates = dict[str, dict[str, list[float]]]  # workload -> engine -> tokens per se
 
 
 def measure(
-    args: argparse.Namespace, model: Path, engines: list[Engine], llama: LlamaCpp | None
+    args: argparse.Namespace,
+    model: Path,
+    engines: list[Engine],
+    llama: LlamaCpp | None,
+    save: Callable[[Rates, Rates], None],
 ) -> tuple[Rates, Rates]:
-    """Prompt tokens per second for `prompt`, output tokens otherwise; the same per second of processor time."""
+    """Prompt tokens per second for `prompt`, output tokens otherwise; the same per second of processor time.
+
+    save: called with both after every workload.
+    """
     config = json.loads((model / "config.json").read_text())
     found: Rates = {}
     by_processor: Rates = {}
@@ -173,6 +181,7 @@ def measure(
         for what, which in (("second", rates), ("processor second", cpu_rates)):
             line = "  ".join(f"{engine} {statistics.median(values):.1f}" for engine, values in which.items())
             print(f"{name:8} tokens per {what}: {line}", flush=True)
+        save(found, by_processor)
     return found, by_processor
 
 
@@ -281,24 +290,27 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
 def compare(args: argparse.Namespace, model: Path, limits: MachineLimits) -> None:
     """Run the comparison on a checkpoint; print the table, write JSON and picture."""
     engines, llama = start_engines(args, model), None
+    title = f"{args.model or args.shape}, {args.dtype}, {args.threads} threads"
+    ready = {engine.name: engine.ready_s for engine in engines}
+
+    def save(found: Rates, by_processor: Rates) -> None:
+        if args.json:
+            payload = {"title": title, "limits": msgspec.to_builtins(limits), "ready_s": ready, "tokens_per_s": found}
+            payload["tokens_per_processor_s"] = by_processor
+            Path(args.json).write_text(json.dumps(payload, indent=1) + "\n")
+
     try:
         if args.llama_cpp:
             llama = LlamaCpp(args.llama_cpp, model, args.gguf_python, args.threads)
-        found, by_processor = measure(args, model, engines, llama)
+        found, by_processor = measure(args, model, engines, llama, save)
     finally:
         for engine in [*engines, *([llama] if llama else [])]:
             engine.close()
     itemsize = 4 if args.dtype == "float32" else 2
     bounds = {name: limit_of(name, touched_weights(model), itemsize, limits) for name in found}
-    title = f"{args.model or args.shape}, {args.dtype}, {args.threads} threads"
     print(f"\n{title}; limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s, {limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s\n")
     print(table(found, bounds))
     print("\nper second of processor time:\n\n" + table(by_processor, {}))
-    if args.json:
-        ready = {engine.name: engine.ready_s for engine in engines}
-        payload = {"title": title, "limits": msgspec.to_builtins(limits), "ready_s": ready, "tokens_per_s": found}
-        payload["tokens_per_processor_s"] = by_processor
-        Path(args.json).write_text(json.dumps(payload, indent=1) + "\n")
     if args.plot:
         plot(found, bounds, args.plot, title)
 

@@ -80,7 +80,7 @@ def make_worker(ranks: Ranks, config: ShoalConfig, spec: DecoderSpec, model_dir:
         deterministic=config.runtime.deterministic,
         native=native,
     )
-    shard = shard_model(spec, layout)[ranks.rank]
+    shard = shard_model(spec, layout, config.model.quantization)[ranks.rank]
     folder = None if model_dir is None else Path(model_dir)
     worker = Worker(config, spec, shard, mesh, folder, torch.device("cpu"))
     worker.load()

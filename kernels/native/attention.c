@@ -166,21 +166,17 @@ INLINE void attend_rows(const Attention *a, const Scratch *s, int type, int64_t 
     if (part) add_values(s, type, rows, row, first, stop, factor, c, 1, part);
 }
 
-/* Calls F with a constant number of rows. */
+/* Calls F with as many rows as there is a copy of it for, at most ROWS, which it is set to. */
 #if MAX_ROWS == 6
-#define WITH_ROWS(ROWS, F)       \
-    switch (ROWS) {              \
-    case 1: F(1); break;         \
-    case 2: F(2); break;         \
-    case 3: F(3); break;         \
-    case 4: F(4); break;         \
-    case 5: F(5); break;         \
-    default: F(6);               \
-    }
+#define WITH_ROWS(ROWS, F)              \
+    if (ROWS >= 6) ROWS = 6, F(6);      \
+    else if (ROWS >= 4) ROWS = 4, F(4); \
+    else if (ROWS >= 2) ROWS = 2, F(2); \
+    else F(1);
 #else
-#define WITH_ROWS(ROWS, F) \
-    if (ROWS == 1) F(1);   \
-    else F(2);
+#define WITH_ROWS(ROWS, F)         \
+    if (ROWS >= 2) ROWS = 2, F(2); \
+    else F(1);
 #endif
 
 /* Where the keys [first, stop) of a sequence lie, for one key/value head; entry i belongs to position base + i. */
@@ -217,14 +213,15 @@ INLINE void start_item(const Attention *a, Scratch *s, int type, const Item *t) 
 /* One tile of keys, positions base + [first, stop), for all pairs: scores of all together, the rest by those that see the same part of it. */
 INLINE void attend_tile(const Attention *a, Scratch *s, int type, const Item *t, int64_t window, int64_t base, int first, int stop) {
     turn_keys(a, s, type, first, stop);
-    for (int64_t m = 0, rows; m < t->count; m += rows) {
-        rows = t->count - m < MAX_ROWS ? t->count - m : MAX_ROWS;
-        for (int from = 0; from < VECTORS; from += 4) {
+    for (int from = 0; from < VECTORS; from += 4) {
+        if (first >= (from + 4) * LANES || from * LANES >= stop) continue;
+        for (int64_t m = 0, rows; m < t->count; m += rows) {
+            rows = t->count - m;
 #define SCORE(ROWS) score_rows(a, s, m, from, ROWS)
-            if (first < (from + 4) * LANES && from * LANES < stop) WITH_ROWS(rows, SCORE)
+            WITH_ROWS(rows, SCORE)
         }
     }
-    const int widened = type != F32 && t->count > MAX_ROWS;
+    const int widened = type == F16 || (type == BF16 && t->count > MAX_ROWS);
     if (widened) widen_values(a, s, type, first, stop);
     for (int64_t m = 0, rows; m < t->count; m += rows) {
         int begin = 0, end = 0;
@@ -236,10 +233,13 @@ INLINE void attend_tile(const Attention *a, Scratch *s, int type, const Item *t,
             begin = from, end = to;
         }
         if (end <= begin) continue; /* none of this tile is seen */
-#define ATTEND(ROWS) attend_rows(a, s, type, m, begin, end, ROWS)
-#define ATTEND_WIDE(ROWS) attend_rows(a, s, F32, m, begin, end, ROWS)
-        if (widened) WITH_ROWS(rows, ATTEND_WIDE)
-        else WITH_ROWS(rows, ATTEND)
+        if (type == BF16 && !widened) {
+#define ATTEND_HALVES(ROWS) attend_rows(a, s, BF16, m, begin, end, ROWS)
+            WITH_ROWS(rows, ATTEND_HALVES)
+        } else {
+#define ATTEND(ROWS) attend_rows(a, s, F32, m, begin, end, ROWS)
+            WITH_ROWS(rows, ATTEND)
+        }
     }
 }
 

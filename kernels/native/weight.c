@@ -10,6 +10,8 @@
 void multiply(const Weight *w, const Rows *p, int64_t *next, int threads) {
     switch (w->kind) {
     case PACKED: multiply_packed(w, p, next, threads); break;
+    case QUANTIZED_8:
+    case QUANTIZED_4: multiply_quantized(w, p, next, threads); break;
     }
 }
 

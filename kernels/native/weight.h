@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-enum { PACKED = 0 };
+enum { PACKED = 0, QUANTIZED_8 = 1, QUANTIZED_4 = 2 };
 
 #define PANEL 32 /* columns of a panel: two vectors of AVX-512, four of AVX2 */
 
@@ -17,6 +17,7 @@ enum { PACKED = 0 };
 typedef struct {
     int32_t kind, type;
     int64_t columns, inner;
+    int64_t lead; /* of quantised weights: kernels/quantized_format.py */
     const void *data, *scales, *bias; /* scales: null where the kind has none; bias: [columns] of type, or null */
 } Weight;
 
@@ -30,5 +31,6 @@ typedef struct {
 /* Called by every thread of a team; next: a counter at 0, shared by the team. No barrier at the end: y is whole after the next one. */
 void multiply(const Weight *w, const Rows *p, int64_t *next, int threads);
 void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads);
+void multiply_quantized(const Weight *w, const Rows *p, int64_t *next, int threads);
 
 #endif

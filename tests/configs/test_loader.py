@@ -162,9 +162,17 @@ BAD = [
     ({"model.checksums": "sums", "model.load_format": "dummy"}, "reads no file"),
     ({"model.tokenizer": "t", "model.skip_tokenizer_init": True}, "would not be used"),
     ({"model.path": "demo", "model.revision": "main"}, "only hub repositories"),
+    ({"model.quantization": "int8", "runtime.device": "cuda"}, "on CPUs only"),
+    ({"model.quantization": "int8", "runtime.device": "cpu"}, None),
+    ({"model.quantization": "int2"}, "int2"),
     ({"runtime.collectives": "shm", "runtime.device": "cuda"}, "runtime.device is cuda"),
     ({"runtime.collectives": "nccl", "runtime.device": "cpu"}, "runtime.device is cpu"),
     ({"runtime.collectives": "shm", "runtime.native": "off"}, "runtime.native is off"),
+    ({"parallel.ranks_per_device": 2, "runtime.device": "cpu"}, "runtime.device is cpu, where all share the memory"),
+    (
+        {"parallel.ranks_per_device": 2, "parallel.tensor": 2, "runtime.collectives": "nccl"},
+        "refuse two ranks on one GPU",
+    ),
     ({"runtime.native": "require", "runtime.device": "cuda"}, "run on CPUs"),
     ({"launcher.routing": "least_loaded", "launcher.load_factor": 3.0}, "would not be used"),
     ({"launcher.routing": "prefix", "cache.enable_prefix_caching": False}, "take least_loaded"),
@@ -245,3 +253,27 @@ def test_bad_default_sampling_is_refused_with_its_change() -> None:
     resolved = load_config(None, {"sampling.n": 2}, environ={})
     with pytest.raises(ConfigError, match="must be 1 with temperature = 0"):
         resolved.sampling_params(temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"launcher.address": "10.0.0.1:6379", "launcher.kind": "local"},
+            "is about Ray clusters, and launcher.kind is",
+        ),
+        ({"launcher.ray_auth": "off"}, "is about Ray clusters, and launcher.kind is auto"),
+        ({"launcher.kind": "ray", "launcher.address": "10.0.0.1"}, "must be auto, local, or host:port"),
+        ({"launcher.attach": "prod", "parallel.tensor": 2}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "launcher.kind": "local"}, "starts nothing"),
+    ],
+)
+def test_settings_of_ray_that_could_not_take_effect_are_refused(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(None, overrides)
+    assert message in str(refusal.value)
+
+
+def test_address_of_a_detached_model_needs_no_launcher() -> None:
+    config = load_config(None, {"launcher.attach": "prod", "launcher.address": "10.0.0.1:6379"}).config
+    assert config.launcher.attach == "prod"

@@ -1,11 +1,12 @@
 """BatchState turns plans into tensors and refuses plans that do not fit what it holds."""
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import BatchState, PlanMismatch
+from shoal.engine.batch_state import BatchState, PlanMismatch, shared_keys
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan, TokenRef
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -86,3 +87,18 @@ def test_finished_sequences_are_forgotten() -> None:
     state.apply(plan(0, [GOOD], new_sequences=[new("a", [1, 2], [0])]), {})
     state.apply(plan(1, [], finished_ids=["a"]), {})
     assert not state.sequences
+
+
+def test_shared_keys_are_the_whole_blocks_that_all_rows_hold_and_all_queries_see() -> None:
+    table = np.full((5, 40), -1, np.int32)
+    table[:, :30] = np.arange(30)
+    table[:, 30:33] = np.arange(100, 115).reshape(5, 3)
+    assert shared_keys(table, 1000, 16) == 480
+    assert shared_keys(table, 479, 16) == 464  # the first query of some row is at position 479
+    assert shared_keys(table, 255, 16) == 0 and shared_keys(table[:3], 1000, 16) == 0  # would not pay
+    table[2, 20] = 7
+    assert shared_keys(table, 1000, 16) == 320
+    table[2, 3] = 7
+    assert shared_keys(table, 1000, 16) == 0
+    table[:, 0] = -1  # a window that has moved on
+    assert shared_keys(table, 1000, 16) == 0

@@ -7,6 +7,7 @@ import torch
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.sampler import Sampler
+from shoal.kernels import device
 from shoal.kernels.logit_filters import filter_reference
 from shoal.kernels.philox import gumbel_noise
 
@@ -37,10 +38,22 @@ def pick(logits: list[float] | torch.Tensor, state: SequenceState) -> int:
     return Sampler(rows.shape[1], CPU)(rows, [state])[0][0]
 
 
+@pytest.fixture(params=["torch", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as on CPUs, once through the Triton kernels in their interpreter."""
+    if request.param == "triton":
+        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+        if not triton.knobs.runtime.interpret:
+            pytest.skip("runs in Triton's interpreter only")
+        monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+
+
+@pytest.mark.usefixtures("path")
 def test_greedy_takes_the_best_and_the_lowest_id_among_equals() -> None:
     assert pick([0.0, 3.0, 3.0], sequence([1], [])) == 1
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
@@ -61,12 +74,14 @@ def test_edits_change_the_greedy_choice(state: SequenceState, expected: int) -> 
     assert pick([0.0, 5.0, 4.0, 1.0, 0.0, 0.0], state) == expected
 
 
+@pytest.mark.usefixtures("path")
 def test_min_tokens_masks_end_and_stop_tokens_until_it_is_reached() -> None:
     logits = [9.0, 5.0, 8.0]
     assert pick(logits, sequence([1], [1], min_tokens=2, stop_token_ids=[2])) == 1
     assert pick(logits, sequence([1], [1, 1], min_tokens=2, stop_token_ids=[2])) == 0
 
 
+@pytest.mark.usefixtures("path")
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     generator = torch.Generator().manual_seed(3)
     states = [

@@ -23,7 +23,7 @@ VARIANTS = {  # compiled for other processors; the pairs of AVX512-BF16 are emul
 def compile_variant(flags: list[str], folder: Path) -> NativeLibrary:
     """The product kernels compiled with other flags."""
     path = folder / "variant.so"
-    sources = [str(SOURCES / name) for name in ("packed.c", "weight.c")]
+    sources = [str(SOURCES / name) for name in ("packed.c", "quantized.c", "weight.c")]
     command = [
         *find_compiler(),
         "-std=gnu11",

@@ -57,6 +57,18 @@ def test_one_rank_holds_exactly_the_checkpoints_weights() -> None:
             assert report["weights_bytes"] == sum(tensor.numel() * 4 for tensor in weights.values())
 
 
+def test_quantised_weights_are_counted_as_they_will_be() -> None:
+    found = explained("--quantization", "int4", "-tp", "2")
+    plain = explained("--dtype", "float32", "-tp", "2")
+    spec, family = load_spec(resolve_model_path("demo"))
+    shards = shard_model(spec, ParallelConfig(tensor=2), "int4")
+    with Checkpoint(resolve_model_path("demo")) as checkpoint:
+        for report, before, shard in zip(found["reports"], plain["reports"], shards, strict=True):
+            weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
+            assert report["weights_bytes"] == sum(weight.nbytes for weight in weights.values())
+            assert report["weights_bytes"] < 0.5 * before["weights_bytes"]
+
+
 def test_the_source_of_every_setting_is_named() -> None:
     found = explained("--config", "tp2_pp2", "--set", "cache.block_size=32", "--temperature", "0.5")
     sources = {key: source for key, _, source in found["settings"]}

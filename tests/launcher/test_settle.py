@@ -6,17 +6,20 @@ import msgspec
 import pytest
 
 from shoal.configs.schema import ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
+from shoal.launcher.local_start import device_of
 from shoal.launcher.settle import Host, settle
 from tests.launcher.fake_worker import SPEC
 
 CPU = Host(gpus=0, native=True, ranks=4)
 
 
-def config(tensor: int = 1, data: int = 1, max_model_len: int | None = None, **runtime: Any) -> ShoalConfig:
+def config(
+    tensor: int = 1, data: int = 1, max_model_len: int | None = None, sharing: int = 1, **runtime: Any
+) -> ShoalConfig:
     """Unresolved settings."""
     return ShoalConfig(
         model=ModelConfig(max_model_len=max_model_len),
-        parallel=ParallelConfig(tensor=tensor, data=data),
+        parallel=ParallelConfig(tensor=tensor, data=data, ranks_per_device=sharing),
         runtime=RuntimeConfig(**runtime),
     )
 
@@ -30,6 +33,11 @@ def test_nothing_automatic_is_left_and_the_choice_is_told() -> None:
     assert runtime.seed is not None
     assert settled.ranks_per_device == 4
     assert settled.notes[0].startswith("tensor 4 x pipeline 1 x data 1 = 4 ranks on cpu: float32, context 512, shm")
+
+
+def test_quantised_weights_are_told() -> None:
+    quantised = ShoalConfig(model=ModelConfig(quantization="int4"))
+    assert "float32 with int4 weights, context" in settle(quantised, SPEC, CPU).notes[0]
 
 
 def test_what_was_set_stays() -> None:
@@ -62,20 +70,38 @@ def test_more_gpus_than_the_layout_uses_are_mentioned() -> None:
     assert settle(config(8), SPEC, of_two_hosts).notes[1] == "8 GPUs seen, using 4"
 
 
+def test_ranks_that_share_a_gpu_exchange_through_the_host_and_divide_its_memory() -> None:
+    settled = settle(config(4, sharing=2), SPEC, Host(gpus=3, native=False, ranks=4))
+    assert (settled.config.runtime.device, settled.config.runtime.collectives) == ("cuda", "gloo")
+    assert settled.ranks_per_device == 2
+    assert "gloo collectives through host memory, 2 ranks per GPU" in settled.notes[0]
+    assert settled.notes[1] == "3 GPUs seen, using 2"
+    assert [device_of(settled.config, rank) for rank in range(4)] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    own = settle(config(2, collectives="gloo"), SPEC, Host(gpus=2, native=False, ranks=2))
+    assert own.config.runtime.collectives == "gloo" and own.ranks_per_device == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "host", "words"),
     [
         (
             config(4),
             Host(gpus=2, native=False, ranks=4),
-            "needs 4 GPUs on this host, and torch sees 2.*runtime.device = cpu",
+            "needs 4 GPUs.*torch sees 2.*parallel.ranks_per_device = 2, or.*runtime.device = cpu",
         ),
         (config(device="cuda"), CPU, "runtime.device = cuda, but torch sees no GPU here"),
         (config(2, collectives="shm"), Host(gpus=0, native=False, ranks=2), "shm needs the C kernels.*gloo"),
         (config(2, collectives="shm"), Host(gpus=0, native=True, ranks=2, one_host=False), "on several; use gloo"),
         (config(2, collectives="nccl"), CPU, "nccl works on GPUs, and torch sees none"),
-        (config(2, collectives="gloo"), Host(gpus=2, native=True, ranks=2), "gloo joins CPU tensors.*use auto or nccl"),
+        (config(4, sharing=2), Host(gpus=1, native=False, ranks=4), "needs 2 GPUs.*parallel.ranks_per_device = 4"),
+        (config(2, sharing=2), CPU, "how many ranks share a GPU, and the ranks run on the CPU.*leave it out"),
+        (config(2, sharing=2, collectives="nccl"), Host(gpus=1, native=False, ranks=2), "nccl refuses two ranks"),
         (config(2, collectives="shm"), Host(gpus=2, native=True, ranks=2), "shm joins CPU tensors.*use auto or nccl"),
+        (
+            ShoalConfig(model=ModelConfig(quantization="int8")),
+            Host(gpus=1, native=True, ranks=1),
+            "quantization = int8 works on CPUs only.*runtime.device = cpu",
+        ),
         (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
     ],
 )

@@ -16,11 +16,18 @@ SCRIPT = Path(__file__).with_name("torchrun_script.py")
 TIMEOUT_S = 150.0
 
 
-def start(layout: tuple[int, int, int], how: str) -> tuple[subprocess.Popen[str], str]:
+def start(layout: tuple[int, int, int], how: str, *options: str) -> tuple[subprocess.Popen[str], str]:
     """torchrun with as many processes as the layout has ranks; returns it and its processes' tag."""
     tag, (tensor, pipeline, data) = uuid.uuid4().hex, layout
     sizes = [str(size) for size in layout]
-    command = ["torch.distributed.run", "--nproc-per-node", str(tensor * pipeline * data), str(SCRIPT), str(ROOT)]
+    command = [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(tensor * pipeline * data),
+        *options,
+        str(SCRIPT),
+        str(ROOT),
+    ]
     torchrun = subprocess.Popen(
         [sys.executable, "-m", *command, *sizes, how],
         stdout=subprocess.PIPE,
@@ -63,6 +70,15 @@ def test_a_launch_ends_in_order_and_only_the_front_end_prints(layout: tuple[int,
 @pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["one replica on two", "a replica on each"])
 def test_hosts_of_their_own_are_joined_over_tcp(layout: tuple[int, int, int]) -> None:
     serve_and_end(layout, "hosts")
+
+
+@pytest.mark.slow
+def test_a_restarted_attempt_starts_from_nothing_of_the_first() -> None:
+    torchrun, tag = start((1, 2, 1), "restarts", "--max-restarts", "1")
+    output, errors = torchrun.communicate(timeout=TIMEOUT_S)
+    assert torchrun.returncode == 0, errors
+    assert output == "serving 1\n"
+    wait_until(lambda: processes_tagged(tag) == [], "everything to end", 3.0 + 3.0)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ settings = config(*(int(size) for size in sys.argv[2:5]))
 how = sys.argv[5]
 if how == "differs" and os.environ["RANK"] == "2":
     settings = config(*(int(size) for size in sys.argv[2:5]), step_timeout_s=21.0)
+if how == "restarts" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    sys.exit(7)  # torchrun ends all and starts all again, with the same store
 if how == "hosts":  # as if every two ranks had a host of their own: TCP between them, a served store, gloo
     torchrun_world.host_id = lambda: f"host {int(os.environ['RANK']) // 2}"
 

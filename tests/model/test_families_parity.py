@@ -23,14 +23,15 @@ LENGTH = 50
 TOLERANCE = 1e-4
 
 
-def load_stage(folder: Path, max_model_len: int | None = None) -> Stage:
+def load_stage(folder: Path, max_model_len: int | None = None, *, deterministic: bool = False) -> Stage:
     """The whole model of a checkpoint as one stage."""
     spec, family = load_spec(folder)
     [shard] = shard_model(spec, ParallelConfig())
     with Checkpoint(folder) as checkpoint:
         weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
     weights = prepare_weights(weights, native_library(), head_is_shared=head_is_shared(spec, shard))
-    return Stage(spec, shard, weights, SingleCommunicator("tensor"), max_model_len=max_model_len)
+    group = SingleCommunicator("tensor")
+    return Stage(spec, shard, weights, group, deterministic=deterministic, max_model_len=max_model_len)
 
 
 def short_stage(name: str, folder: Path) -> Stage:

@@ -12,8 +12,10 @@ from tests.parallel.collectives import draw, exercise, expected_sum, long_messag
 from tests.ranks import Ranks, run_ranks
 
 
-def exercise_mesh(ranks: Ranks, tp_size: int, pp_size: int, rounds: int, deterministic: bool) -> int:
-    mesh = make_mesh("gloo", ranks.rank, tp_size, pp_size, ranks.rendezvous, 20.0, deterministic)
+def exercise_mesh(
+    ranks: Ranks, tp_size: int, pp_size: int, rounds: int, deterministic: bool, device: str = "cpu"
+) -> int:
+    mesh = make_mesh("gloo", ranks.rank, tp_size, pp_size, ranks.rendezvous, 20.0, deterministic, device=device)
     total = 0
     for group in (mesh.world, mesh.tensor, mesh.pipeline):
         if group.size > 1:
@@ -31,6 +33,11 @@ def test_random_operations_on_every_group(tp_size, pp_size, deterministic):
     groups = 1 + (tp_size > 1) + (pp_size > 1)
     done = run_ranks(tp_size * pp_size, exercise_mesh, tp_size, pp_size, 20, deterministic)
     assert done == [20 * groups] * (tp_size * pp_size)
+
+
+def test_staged_operations_keep_the_contract() -> None:
+    """Through host memory, as ranks that share a GPU do; on CPU tensors, which staging passes on."""
+    assert run_ranks(2, exercise_mesh, 2, 1, 20, True, "cuda:0") == [40, 40]
 
 
 def sum_halves(ranks: Ranks) -> list[torch.Tensor]:

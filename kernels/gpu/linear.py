@@ -1,0 +1,336 @@
+"""y = x w^T + b for few rows (decode), and for any number of rows when deterministic.
+
+x: [rows, inner], float32, bfloat16, float16, any row stride; weight: [columns, inner], the same dtype, adjacent inner;
+or quantised: see WEIGHTS. Accumulated in float32 (float32 inputs in IEEE float32, not TF32), rounded once.
+
+    "dense"     w as it is
+    "int8"      w = q s[column // scale_rows, k // scale_columns]: q int8 [columns, inner]; one scale per tensor,
+                channel, group or block
+    "e4m3"      the same with q e4m3
+    "int4"      w = (q - z) s[column, k // group]: two q of 0..15 a byte along inner, the even one in the low half:
+                uint8 [columns, inner / 2]; s, z uint8 [columns, inner / group]; without z it is 8
+
+Scales are float32 or bfloat16. A weight cut within a group (kernels/quantized_format.py) has `lead` inputs more before
+the first and is padded to whole groups: q[k + lead] belongs to x[k].
+
+x may be e4m3 too ("e4m3" weights only), with a scale per tensor, row, or GROUP elements of a row.
+Integers and e4m3 numbers are exact in x's dtype, so only the products are rounded; scales are applied in float32.
+
+Must move: the weight once, columns * inner elements (1/2 byte to 4), which for few rows is nearly all; 2 * rows
+FLOPs per weight element, under the card's ratio up to about 64 rows for 16-bit weights (H100: 3.35 TB/s, 990 TFLOP/s
+dense 16-bit: about 300 FLOPs a byte, but tiles this small reach a fraction of it).
+A program takes a tile of BLOCK_M x BLOCK_N outputs over one of `splits` ranges of the inner dimension: one tile row of
+64 columns alone leaves most of the chip idle, and splitting fills it. Parts of a split go to a float32 workspace
+[splits, rows, columns] and are added in rising order by a second kernel: no atomics, one order.
+
+Deterministic: BLOCK_M is always ROWS_FIXED and splits depend on the weight's shape only. With many rows there are tiles
+enough, and a workspace would be large: a program then goes through all splits itself and adds their parts in the same
+order. So a row's products are added in one order however many rows there are. (Kernels are not specialised to the
+number of rows either: one binary for all, and none to be compiled when a batch of a new size comes.)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from shoal.kernels.gpu.fp8 import GROUP, as_bytes, from_e4m3
+
+BLOCK_N, BLOCK_K = 64, 64
+"""Columns and inner steps of a tile: 64 x 64 16-bit weights are 8 KiB a stage."""
+ROWS_FIXED = 64
+"""Rows of a tile when deterministic: one tile for any decode batch, and a full tensor-core tile for a prompt."""
+TARGET_PROGRAMS = 264
+"""Programs a split aims at: two for each multiprocessor of an H100 (132)."""
+MIN_STEPS = 4
+"""Inner steps of a split at least: fewer do not pay for the workspace."""
+STAGES = 3
+
+DENSE, INT8, E4M3, INT4 = 0, 1, 2, 3
+WEIGHTS = {"dense": DENSE, "int8": INT8, "e4m3": E4M3, "int4": INT4}
+
+
+@triton.jit
+def x_tile(x_ptr, rows, k, inner, x_stride, row_mask, X_FP8: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of x, zeros outside; e4m3 as float16."""
+    mask = row_mask & ((k >= 0) & (k < inner))[None, :]
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + k[None, :], mask=mask, other=0)
+    if X_FP8:
+        x = from_e4m3(x)
+    return x
+
+
+@triton.jit
+def product(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_scale_ptr,
+    first,
+    last,
+    num_rows,
+    num_columns,
+    inner,
+    lead,
+    x_stride,
+    w_stride,
+    scale_stride,
+    x_scale_stride,
+    scale_rows,
+    scale_columns,
+    rows,
+    columns,
+    WEIGHT: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """A tile's sum over inner steps [first, last), float32 [BLOCK_M, BLOCK_N]; scales within the sum applied."""
+    row_mask = (rows < num_rows)[:, None]
+    column_mask = (columns < num_columns)[None, :]
+    w_rows = w_ptr + columns[None, :].to(tl.int64) * w_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(first, last):
+        start = step * BLOCK_K
+        if WEIGHT == 3:
+            pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
+            packed = tl.load(w_rows + pairs[:, None], mask=(2 * pairs < lead + inner)[:, None] & column_mask, other=0)
+            at = columns[None, :].to(tl.int64) * scale_stride + start // scale_columns
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + at, mask=column_mask, other=0).to(tl.int32)
+            else:
+                zero = tl.full((1, BLOCK_N), 8, tl.int32)
+            even = x_tile(x_ptr, rows, 2 * pairs - lead, inner, x_stride, row_mask, False)
+            odd = x_tile(x_ptr, rows, 2 * pairs + 1 - lead, inner, x_stride, row_mask, False)
+            low = ((packed & 15).to(tl.int32) - zero).to(even.dtype)
+            high = ((packed >> 4).to(tl.int32) - zero).to(even.dtype)
+            part = tl.dot(even, low, input_precision="ieee")
+            part = tl.dot(odd, high, part, input_precision="ieee")
+            acc += part * tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
+            w = tl.load(w_rows + k[:, None], mask=(k < lead + inner)[:, None] & column_mask, other=0)
+            if WEIGHT == 0:
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+            else:
+                if WEIGHT == 2:
+                    w = from_e4m3(w)
+                at = (columns[None, :] // scale_rows).to(tl.int64) * scale_stride + start // scale_columns
+                scale = tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
+                if X_SCALE == 2:
+                    x_at = rows[:, None].to(tl.int64) * x_scale_stride + start // GROUP_SIZE
+                    scale = scale * tl.load(x_scale_ptr + x_at, mask=row_mask, other=0.0)
+                acc += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale
+    return acc
+
+
+@triton.jit
+def finished(
+    acc,
+    x_scale_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    num_rows,
+    num_columns,
+    x_scale_stride,
+    X_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """What follows the whole sum: the rows' scales, the bias."""
+    column_mask = (columns < num_columns)[None, :]
+    if X_SCALE == 1:
+        at = rows[:, None].to(tl.int64) * x_scale_stride
+        acc *= tl.load(x_scale_ptr + at, mask=(rows < num_rows)[:, None], other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns[None, :], mask=column_mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    num_rows,
+    num_columns,
+    inner,
+    lead,
+    splits,
+    steps_per_split,
+    x_stride,
+    w_stride,
+    y_stride,
+    scale_stride,
+    x_scale_stride,
+    scale_rows,
+    scale_columns,
+    WEIGHT: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """One tile. PARTS: over the split program_id(2), to the workspace [splits, num_rows, num_columns]; else over all
+    splits.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    steps = tl.cdiv(lead + inner, BLOCK_K)
+    if PARTS:
+        split = tl.program_id(2)
+        first = split * steps_per_split
+        acc = product(
+            x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
+            num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+            scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
+        )  # fmt: skip
+        at = (split.to(tl.int64) * num_rows + rows[:, None]) * num_columns + columns[None, :]
+        tl.store(parts_ptr + at, acc, mask=mask)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for split in range(splits):
+            first = split * steps_per_split
+            acc += product(
+                x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
+                num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+                scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
+            )  # fmt: skip
+        acc = finished(
+            acc, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, X_SCALE, HAS_BIAS
+        )
+        y_at = y_ptr + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
+        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_parts_kernel(
+    parts_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    num_columns,
+    splits,
+    y_stride,
+    x_scale_stride,
+    X_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK columns of one row: the parts in rising order, then the rows' scales and the bias."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (columns < num_columns)[None, :]
+    acc = tl.zeros((1, BLOCK), tl.float32)
+    for split in range(splits):
+        at = (tl.cast(split, tl.int64) * num_rows + rows[:, None]) * num_columns + columns[None, :]
+        acc += tl.load(parts_ptr + at, mask=mask, other=0.0)
+    acc = finished(acc, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, X_SCALE, HAS_BIAS)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def split_count(columns: int, inner: int, block_k: int) -> tuple[int, int]:
+    """(splits, steps of each) of a weight's inner dimension: of its shape only, never of the number of rows."""
+    steps = max(triton.cdiv(inner, block_k), 1)
+    wanted = max(TARGET_PROGRAMS // max(triton.cdiv(columns, BLOCK_N), 1), 1)
+    per_split = max(triton.cdiv(steps, wanted), min(MIN_STEPS, steps))
+    return triton.cdiv(steps, per_split), per_split
+
+
+def launch_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    deterministic: bool,
+    kind: str = "dense",
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+    scale_block: tuple[int, int] = (1, 1),
+    x_scale: torch.Tensor | None = None,
+    lead: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Returns [rows, columns] in out_dtype (default: x's). x, weight, kind: see above.
+
+    scale: two-dimensional (tensor [1, 1], channel [columns, 1], group, block); zero: uint8, of scale's shape.
+    scale_block: weights that share one scale, (rows, columns); columns of a block are a power of two or all.
+    x_scale: for e4m3 x, float32: [1, 1], [rows, 1] or, with weights in blocks, [rows, ceil(inner / GROUP)].
+    """
+    num_rows, inner = x.shape
+    num_columns = weight.shape[0]
+    assert x.stride(1) == 1 and weight.stride(1) == 1
+    assert weight.shape[1] * (2 if kind == "int4" else 1) >= lead + inner and (lead == 0 or x_scale is None)
+    fp8 = x_scale is not None
+    block_k = BLOCK_K if kind == "dense" or scale_block[1] >= lead + inner else min(BLOCK_K, scale_block[1])
+    block_k = 32 if x.dtype == torch.float32 else block_k  # the plain cores' products keep their operands in registers
+    assert kind == "dense" or scale_block[1] >= lead + inner or (block_k >= 32 and scale_block[1] % block_k == 0)
+    y = torch.empty((num_rows, num_columns), dtype=out_dtype or x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    splits, per_split = split_count(num_columns, lead + inner, block_k)
+    block_m = ROWS_FIXED if deterministic else min(max(triton.next_power_of_2(num_rows), 16), ROWS_FIXED)
+    in_parts = splits > 1 and num_rows <= ROWS_FIXED
+    parts = torch.empty((splits, num_rows, num_columns) if in_parts else (0,), dtype=torch.float32, device=x.device)
+    x_scale_kind = 0 if x_scale is None else 1 if x_scale.shape[1] == 1 and inner > 0 and scale_block[1] >= inner else 2
+    scales = weight if scale is None else scale
+    x_scales = scales if x_scale is None else x_scale
+    x_scale_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
+    ends = {"X_SCALE": x_scale_kind, "HAS_BIAS": bias is not None}
+    grid = (triton.cdiv(num_columns, BLOCK_N), triton.cdiv(num_rows, block_m), splits if in_parts else 1)
+    linear_kernel[grid](
+        as_bytes(x) if fp8 else x,
+        as_bytes(weight) if kind == "e4m3" else weight,
+        scales,
+        scales if zero is None else zero,
+        x_scales,
+        scales if bias is None else bias,
+        y,
+        parts,
+        num_rows,
+        num_columns,
+        inner,
+        lead,
+        splits,
+        per_split,
+        x.stride(0),
+        weight.stride(0),
+        y.stride(0),
+        0 if scale is None or scale.numel() == 1 else scale.stride(0),
+        x_scale_stride,
+        scale_block[0],
+        scale_block[1],
+        WEIGHT=WEIGHTS[kind],
+        HAS_ZERO=zero is not None,
+        PARTS=in_parts,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=block_k,
+        GROUP_SIZE=GROUP,
+        num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
+        num_stages=STAGES,
+        **ends,
+    )
+    if in_parts:
+        block = 256
+        add_parts_kernel[(num_rows, triton.cdiv(num_columns, block))](
+            parts, x_scales, scales if bias is None else bias, y,
+            num_rows, num_columns, splits, y.stride(0), x_scale_stride, BLOCK=block, num_warps=2, **ends,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,160 @@
+"""Checks of the linears of every kind of weight, and of the mixture of experts."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from shoal.kernels.activation import KINDS
+from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
+from shoal.kernels.gpu.elementwise_checks import kind_of, poisoned
+from shoal.kernels.gpu.experts import launch_experts
+from shoal.kernels.gpu.linear import launch_linear
+from shoal.kernels.gpu.moe_routing import launch_moe_routing
+from shoal.kernels.moe_routing import moe_routing_reference
+
+BUDGET = Budget(registers=255, spill_bytes=0)
+FLOAT32_BUDGET = Budget(
+    registers=168, spill_bytes=16
+)  # products on the plain cores: ptxas takes a word or two of stack
+BYTES = {"dense": None, "int8": 1.0, "e4m3": 1.0, "int4": 0.5}
+
+
+def stored_weight(kind: str, columns: int, inner: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """(as stored, its values float32, arguments of launch_linear)."""
+    if kind == "dense":
+        weight = (torch.randn(columns, inner, device=device) / inner**0.5).to(dtype)
+        return weight, weight.float(), {}
+    block = {"int8": (1, 32), "e4m3": (128, 128), "int4": (1, 128)}[kind]
+    scale = (torch.rand(-(-columns // block[0]), -(-inner // block[1]), device=device) + 0.5) / inner**0.5
+    wide = scale.repeat_interleave(block[0], 0)[:columns].repeat_interleave(block[1], 1)[:, :inner]
+    options = {"kind": kind, "scale": scale, "scale_block": block}
+    if kind == "e4m3":
+        q = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn)
+        return q, q.float() * wide, options
+    low, high = (-127, 128) if kind == "int8" else (0, 16)
+    codes = torch.randint(low, high, (columns, inner), device=device)
+    if kind == "int8":
+        return codes.to(torch.int8), codes * wide, options
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).to(torch.uint8), (codes - 8) * wide, options
+
+
+def linear_case(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, kind: str, *, deterministic: bool, big: bool = False
+) -> Case:
+    """One product with a bias."""
+
+    def make(device: torch.device) -> Trial:
+        x, bias = torch.randn(rows, inner, device=device).to(dtype), torch.randn(columns, device=device).to(dtype)
+        weight, values, options = stored_weight(kind, columns, inner, dtype, device)
+
+        def run() -> Outputs:
+            return (launch_linear(x, weight, bias, deterministic=deterministic, **options),)
+
+        return Trial(
+            run=poisoned(run),
+            reference=lambda: (F.linear(x.double(), values.double(), bias.double()).float(),),
+            plain=lambda: (F.linear(x, values.to(dtype), bias),),
+            bytes_moved=int(columns * inner * (BYTES[kind] or dtype.itemsize))
+            + rows * (inner + columns) * dtype.itemsize,
+            flops=2 * rows * columns * inner,
+        )
+
+    mode = ", deterministic" if deterministic else ""
+    name = f"{kind}{mode} {rows} x {inner} x {columns} {kind_of(dtype)}"
+    budget = FLOAT32_BUDGET if dtype == torch.float32 else BUDGET
+    return Case(kernel="linear", name=name, dtype=dtype, make=make, budget=budget if big else None, measured=big)
+
+
+def experts_case(
+    tokens: int, experts: int, top_k: int, hidden: int, columns: int, dtype: torch.dtype,
+    *, deterministic: bool, first: int = 0, big: bool = False,
+) -> Case:  # fmt: skip
+    """Routed gated experts from number `first` on."""
+
+    def make(device: torch.device) -> Trial:
+        x = torch.randn(tokens, hidden, device=device).to(dtype)
+        weights, ids = torch.softmax(torch.randn(tokens, experts, device=device), -1).topk(top_k)
+        gate_up = (torch.randn(experts - first, 2 * columns, hidden, device=device) / hidden**0.5).to(dtype)
+        down = (torch.randn(experts - first, hidden, columns, device=device) / columns**0.5).to(dtype)
+
+        def torch_way(kind: torch.dtype) -> Outputs:
+            wide = torch.float64 if kind == torch.float64 else torch.float32
+            out = torch.zeros(x.shape, dtype=wide, device=device)
+            for expert in range(first, experts):
+                token, choice = (ids == expert).nonzero(as_tuple=True)
+                gate, up = (x[token].to(kind) @ gate_up[expert - first].to(kind).t()).chunk(2, dim=-1)
+                y = (F.silu(gate) * up) @ down[expert - first].to(kind).t()
+                out.index_add_(0, token, y.to(wide) * weights[token, choice].unsqueeze(1))
+            return (out.to(kind),)
+
+        def run() -> Outputs:
+            one = launch_experts(x, gate_up, down, weights, ids, first, KINDS["silu"], deterministic=deterministic)
+            return (one,)
+
+        busy = min(experts - first, tokens * top_k)
+        return Trial(
+            run=poisoned(run),
+            reference=lambda: torch_way(torch.float64),
+            plain=lambda: torch_way(dtype),
+            bytes_moved=3 * busy * hidden * columns * dtype.itemsize + 2 * x.numel() * dtype.itemsize,
+            flops=6 * tokens * top_k * hidden * columns,
+        )
+
+    mode = ", deterministic" if deterministic else ""
+    name = f"{tokens} tokens, {top_k} of {experts - first}/{experts}{mode}, {hidden} x {columns} {kind_of(dtype)}"
+    return Case(kernel="experts", name=name, dtype=dtype, make=make, budget=BUDGET if big else None, measured=big)
+
+
+def routing_case(tokens: int, experts: int, top_k: int, *, big: bool = False) -> Case:
+    """Weights and ids; distinct logits, so that the choice is exact."""
+
+    def make(device: torch.device) -> Trial:
+        logits = torch.rand(tokens, experts, device=device).argsort(-1).float() / 8
+
+        def reference() -> Outputs:
+            weights, ids = moe_routing_reference(logits.cpu(), top_k, normalize=True)
+            return weights.to(device), ids.to(device)
+
+        def plain() -> Outputs:
+            weights, ids = torch.softmax(logits, -1).topk(top_k)
+            return weights / weights.sum(-1, keepdim=True), ids
+
+        run = poisoned(lambda: launch_moe_routing(logits, top_k, normalize=True))
+        moved = 4 * logits.numel() + 12 * tokens * top_k
+        return Trial(run=run, reference=reference, plain=plain, bytes_moved=moved, flops=10 * logits.numel())
+
+    name = f"{tokens} tokens, {top_k} of {experts}"
+    return Case(
+        kernel="routing", name=name, dtype=torch.float32, make=make, budget=BUDGET if big else None, measured=big
+    )
+
+
+def cases(scale: Scale) -> Iterator[Case]:
+    """tiny: odd shapes in float32 and float16; full: more, all types, and the shapes of an 8B model."""
+    types = [torch.float32, torch.float16] + ([torch.bfloat16] if scale == "full" else [])
+    yield routing_case(9, 7, 3)
+    for dtype in types:
+        for kind in BYTES:
+            yield linear_case(3, 256, 70, dtype, kind, deterministic=False)
+            yield linear_case(65, 640, 33, dtype, kind, deterministic=True)
+        yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=False)
+        yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=True, first=3)
+    if scale == "full":
+        bf16 = torch.bfloat16
+        for dtype in types:
+            for rows in (1, 16, 63, 300):
+                for kind in BYTES:
+                    yield linear_case(rows, 2304, 1000, dtype, kind, deterministic=rows == 300)
+            yield experts_case(300, 64, 8, 512, 384, dtype, deterministic=False)
+            yield experts_case(3000, 16, 4, 512, 384, dtype, deterministic=False)
+        yield routing_case(4096, 128, 8, big=True)
+        for rows in (1, 16, 64):
+            for kind in BYTES:
+                yield linear_case(rows, 4096, 6144, bf16, kind, deterministic=False, big=True)
+        for rows in (1, 64, 4096):
+            yield linear_case(rows, 4096, 6144, bf16, "dense", deterministic=True, big=True)
+        yield linear_case(64, 1024, 1024, torch.float32, "dense", deterministic=True, big=True)
+        yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=False, big=True)
+        yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=True, big=True)
+        yield experts_case(4096, 128, 8, 2048, 768, bf16, deterministic=True, big=True)

@@ -1,0 +1,116 @@
+"""The grouped products of a mixture of experts: every tile of rows, all of one expert (moe_align.py), times its weight.
+
+    gated:  h[a] = act(x[a // top_k] w_gate^T) * (x[a // top_k] w_up^T)     w: [num_experts, 2 columns, inner]
+    plain:  y[a] = h[a] w^T                                                w: [num_experts, columns, inner]
+
+a: an assignment. x, h, y: float32, bfloat16, float16, one dtype with w; products summed in float32, the gate applied
+before the one rounding. The gated product reads x through the order and never gathers it.
+
+Must move: the weights of every expert that has a token, once; with few tokens that is nearly all. FLOPs: 2 per weight
+and assignment. A tile is block_rows x BLOCK_N (both halves for the gated product), over the whole inner dimension:
+experts times column tiles fill the chip without a split. A row's sums have one order for a given block_rows, which
+is BLOCK_ROWS_FIXED when deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from shoal.kernels.gpu.activation import activate
+from shoal.kernels.gpu.moe_align import Alignment
+
+BLOCK_N, BLOCK_K, STAGES = 64, 64, 3
+BLOCK_ROWS_FIXED = 64
+"""One full tensor-core tile."""
+
+
+@triton.jit(do_not_specialize=["num_assignments"])
+def moe_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    order_ptr,
+    tile_experts_ptr,
+    num_tiles_ptr,
+    num_assignments,
+    num_columns,
+    inner,
+    divisor,
+    x_stride,
+    w_expert_stride,
+    w_stride,
+    y_stride,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile. divisor: assignments that read one row of x: top_k, or 1."""
+    tile = tl.program_id(1)
+    if tile < tl.load(num_tiles_ptr):
+        expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
+        assignments = tl.load(order_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+        row_mask = (assignments < num_assignments)[:, None]
+        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_mask = (columns < num_columns)[None, :]
+        x_rows = x_ptr + (assignments // divisor)[:, None].to(tl.int64) * x_stride
+        w_rows = w_ptr + expert * w_expert_stride + columns[None, :].to(tl.int64) * w_stride
+        up_offset = tl.cast(num_columns, tl.int64) * w_stride
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, inner, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_rows + k[None, :], mask=row_mask & (k < inner)[None, :], other=0.0)
+            w_mask = (k < inner)[:, None] & column_mask
+            w = tl.load(w_rows + k[:, None], mask=w_mask, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            if GATED:
+                w = tl.load(w_rows + up_offset + k[:, None], mask=w_mask, other=0.0)
+                up = tl.dot(x, w, up, input_precision="ieee")
+        if GATED:
+            acc = activate(acc, KIND) * up
+        y_at = y_ptr + assignments[:, None].to(tl.int64) * y_stride + columns[None, :]
+        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
+
+
+def launch_moe_gemm(
+    x: torch.Tensor, weight: torch.Tensor, alignment: Alignment, top_k: int, kind: int | None = None
+) -> torch.Tensor:
+    """Returns [num_assignments, columns]; rows of experts not aligned are left undefined.
+
+    x: [num_tokens, inner] with top_k choices each, or [num_assignments, inner] with top_k 1. kind: a value of
+    activation.KINDS for the gated product, None for the plain one.
+    """
+    gated = kind is not None
+    _, rows, inner = weight.shape
+    columns = rows // 2 if gated else rows
+    assert x.stride(1) == 1 and weight.stride(2) == 1 and x.shape == (alignment.none // top_k, inner)
+    y = torch.empty((alignment.none, columns), dtype=x.dtype, device=x.device)
+    max_tiles = alignment.tile_experts.shape[0]
+    if max_tiles == 0 or columns == 0:
+        return y
+    moe_gemm_kernel[(triton.cdiv(columns, BLOCK_N), max_tiles)](
+        x,
+        weight,
+        y,
+        alignment.order,
+        alignment.tile_experts,
+        alignment.num_tiles,
+        alignment.none,
+        columns,
+        inner,
+        top_k,
+        x.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        y.stride(0),
+        KIND=kind or 0,
+        GATED=gated,
+        BLOCK_M=alignment.block_rows,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=32 if x.dtype == torch.float32 else BLOCK_K,
+        num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
+        num_stages=STAGES,
+    )
+    return y

@@ -1,0 +1,104 @@
+"""Rows of a step from their raw logits to token ids: edits, limits, sampling, from settings that lie on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.kernels.gpu.logit_limits import launch_logit_limits
+from shoal.kernels.gpu.sampling import Biases, Choices, Penalties, launch_sample
+
+
+@dataclass(frozen=True, slots=True)
+class RowPenalties:
+    """prompt_seen: [vocab_size] bool; output_counts: [vocab_size] int32, on the logits' device; the rest as in
+    penalties.py.
+    """
+
+    prompt_seen: torch.Tensor
+    output_counts: torch.Tensor
+    presence: float
+    frequency: float
+    repetition: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row is sampled: temperature 0 takes the best token; biases: (token id, what is added; -inf bans)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int
+    sample_index: int
+    biases: Sequence[tuple[int, float]] = ()
+    penalties: RowPenalties | None = None
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are dropped."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+def sample_rows(logits: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
+    """logits: [num_rows, vocab_size] float32, edited in place (biases, penalties). Returns [num_rows] int64."""
+    device = logits.device
+    biases, penalties = bias_lists(rows, device), stacked_penalties(rows, device)
+    temperature = floats([row.temperature for row in rows], device)
+    limits = None
+    if any(row.filters for row in rows):
+        if biases is not None or penalties is not None:  # limits are of the edited logits
+            launch_sample(logits, biases, penalties, None)
+            biases = penalties = None
+        limits = launch_logit_limits(
+            logits,
+            temperature,
+            integers([row.top_k for row in rows], device),
+            floats([row.top_p for row in rows], device),
+            floats([row.min_p for row in rows], device),
+        )
+    seeds, positions, sample_indices = (
+        integers([getattr(row, name) for row in rows], device) for name in ("seed", "position", "sample_index")
+    )
+    return launch_sample(logits, biases, penalties, Choices(temperature, seeds, positions, sample_indices, limits))[1]
+
+
+def bias_lists(rows: Sequence[RowSampling], device: torch.device) -> Biases | None:
+    """The biases of all rows one after the other; None when there are none."""
+    entries = [entry for row in rows for entry in row.biases]
+    if not entries:
+        return None
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row.biases))
+    ids, values = zip(*entries, strict=True)
+    return Biases(integers(starts, device), integers(ids, device), floats(values, device))
+
+
+def stacked_penalties(rows: Sequence[RowSampling], device: torch.device) -> Penalties | None:
+    """The penalties of the rows that have any; None when none has."""
+    found = [row.penalties for row in rows if row.penalties is not None]
+    if not found:
+        return None
+    places, next_place = [], 0
+    for row in rows:
+        places.append(-1 if row.penalties is None else next_place)
+        next_place += row.penalties is not None
+    return Penalties(
+        integers(places, device),
+        torch.stack([one.prompt_seen for one in found]),
+        torch.stack([one.output_counts for one in found]),
+        *(floats([getattr(one, name) for one in found], device) for name in ("presence", "frequency", "repetition")),
+    )
+
+
+def floats(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Numbers of the rows as float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers of the rows as int64."""
+    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -1,0 +1,159 @@
+"""ControllerDoor: lets front ends in other processes use a controller, over the messages of a replica's engine.
+
+To such a front end the controller is one big replica (`shoal.launcher.attached`). One that goes away ends its requests
+at once, so their blocks are free again; so does one that is not heard for LEASE_S, stopped or cut off: should it come
+back, it connects again and gives its requests in anew.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, cast
+
+import msgspec
+
+from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.messages import Abort, Drain, Drained, EngineStats, OutputDelta, Request, StatsQuery, Submit
+from shoal.launcher.controller import Controller
+from shoal.launcher.replica_messages import TO_ENGINE, Beat, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
+from shoal.parallel.control import ControlError, ControlTimeout
+from shoal.parallel.control_async import AsyncChannel
+from shoal.parallel.control_connect import Listener, new_key
+
+ACCEPT_SLICE_S = 0.5
+BEAT_INTERVAL_S = 1.0
+LEASE_S = 3.0
+
+logger = logging.getLogger("shoal")
+
+
+class ControllerDoor:
+    """Listens from the start; `serve` until cancelled. address, key: what front ends connect with."""
+
+    def __init__(self, controller: Controller, ready: Ready, host: str) -> None:
+        """ready: told to every front end. host: the interface to listen on. Raises ControlError."""
+        self._controller, self._ready = controller, ready
+        self._listener, self.key = Listener.tcp(host), new_key()
+        self._clients: set[asyncio.Task[None]] = set()
+        self._count = 0
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._listener.address
+
+    async def serve(self) -> None:
+        """Let front ends in until cancelled; all are hung up on then."""
+        try:
+            while True:
+                try:
+                    channel = await asyncio.to_thread(
+                        self._listener.accept, self.key, TO_ENGINE, "a front end", ACCEPT_SLICE_S
+                    )
+                except ControlTimeout:
+                    continue
+                self._count += 1
+                guest = _Guest(self._controller, await AsyncChannel.adopt(channel), self._count)
+                task = asyncio.create_task(guest.serve(self._ready))
+                self._clients.add(task)
+                task.add_done_callback(self._clients.discard)
+        finally:
+            self._listener.close()
+            for task in self._clients:
+                task.cancel()
+            await asyncio.gather(*self._clients, return_exceptions=True)
+
+
+class _Guest:
+    """One front end. Its request ids get a prefix here: they are unique to it only."""
+
+    def __init__(self, controller: Controller, channel: "AsyncChannel[ToEngine]", number: int) -> None:
+        self._controller, self._channel, self._prefix = controller, channel, f"{number}/"
+        self._streams: dict[str, asyncio.Task[None]] = {}
+
+    async def serve(self, ready: Ready) -> None:
+        beat = asyncio.create_task(self._beat())
+        try:
+            await self._channel.send(ready)
+            while True:
+                if not await self._take(await self._channel.receive(LEASE_S)):
+                    return
+        except ControlError as error:
+            logger.info("a front end has left: %s", error)
+        finally:
+            tasks = [beat, *self._streams.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._channel.close()
+
+    async def _take(self, message: ToEngine) -> bool:
+        """Act on a message; False for the last one."""
+        match message:
+            case Submit():
+                request = message.request
+                task = asyncio.create_task(self._stream(request))
+                self._streams[request.request_id] = task
+                task.add_done_callback(lambda done: self._streams.pop(request.request_id, None))
+            case Abort():
+                await self._controller.abort([self._prefix + request_id for request_id in message.request_ids])
+            case StatsQuery():
+                await self._channel.send(await self._stats())
+            case Drain():
+                if self._streams:
+                    await asyncio.wait(self._streams.values(), timeout=message.timeout_s)
+                await self._channel.send(Drained(unfinished=sorted(self._streams)))
+            case Shutdown():
+                return False
+            case Renew():
+                pass
+        return True
+
+    async def _stream(self, request: Request) -> None:
+        """Pass a request on and its deltas back."""
+        inner = msgspec.structs.replace(request, request_id=self._prefix + request.request_id)
+        try:
+            stream = cast(Any, self._controller.submit(inner))
+            async with aclosing(stream) as deltas:
+                await self._pass_back(request.request_id, deltas)
+        except ControlError:
+            pass  # the reader finds the channel closed, and ends all of this front end
+        except (EngineError, ValueError) as error:
+            kind = "full" if isinstance(error, QueueFull) else "engine" if isinstance(error, EngineError) else "value"
+            retry_s = error.retry_after_s if isinstance(error, QueueFull) else 0.0
+            self._channel.post(
+                Rejected(request_id=request.request_id, kind=kind, text=str(error), retry_after_s=retry_s)  # type: ignore[arg-type]
+            )
+
+    async def _pass_back(self, request_id: str, deltas: AsyncIterator[OutputDelta]) -> None:
+        async for delta in deltas:
+            await self._channel.send(Outputs(deltas=[msgspec.structs.replace(delta, request_id=request_id)]))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_INTERVAL_S)
+            try:
+                self._channel.post(Beat(busy=bool(self._streams)))
+            except ControlError:
+                return
+
+    async def _stats(self) -> EngineStats:
+        """Of all replicas together."""
+        try:
+            return sum_stats(await self._controller.stats())
+        except EngineError:
+            return EngineStats()
+
+
+def sum_stats(parts: list[EngineStats]) -> EngineStats:
+    """Counters and gauges added up; blocks per cache group."""
+    total = msgspec.to_builtins(EngineStats())
+    for part in parts:
+        for name, value in msgspec.to_builtins(part).items():
+            if isinstance(value, list):
+                old = total[name] or [0] * len(value)
+                total[name] = [left + right for left, right in zip(old, value, strict=True)]
+            elif isinstance(value, int | float):
+                total[name] += value
+    return msgspec.convert(total, EngineStats)

@@ -1,0 +1,241 @@
+"""A detached model: a controller in an actor of the cluster that outlives the command that started it (`shoal up`).
+
+The actor is restartable. A restarted one finds its crews by name, takes over the engines that have held out
+(launcher.controller_grace_s) and lets front ends in again; these hold their requests and give them in anew.
+"""
+
+import asyncio
+import logging
+import os
+import platform
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from shoal.configs.model_path import resolve_model_path
+from shoal.configs.schema import ShoalConfig
+from shoal.engine.client import EngineError
+from shoal.engine.messages import Message
+from shoal.launcher.attached import Door, NotYet
+from shoal.launcher.bootstrap import WORKER
+from shoal.launcher.controller import Controller
+from shoal.launcher.controller_door import ControllerDoor
+from shoal.launcher.controller_status import ControllerStatus
+from shoal.launcher.crew_messages import HostRefused
+from shoal.launcher.loop_thread import LoopThread
+from shoal.launcher.ray_cluster import Cluster
+from shoal.launcher.ray_fleet import RayFleet
+from shoal.launcher.ray_places import end_crews
+from shoal.launcher.replica_messages import Ready, Starting
+from shoal.launcher.replicas import controller_options
+from shoal.model.checkpoint_digest import checkpoint_digest
+from shoal.model.families import load_spec
+from shoal.model.spec import DecoderSpec
+
+KEPT_LINES = 5000
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+SCALE_SLACK_S = 60.0
+
+logger = logging.getLogger("shoal")
+
+
+class DetachedOrder(Message, frozen=True, kw_only=True):
+    """What to run. model_path: as every host can resolve it. spec: only without a checkpoint (model_path None)."""
+
+    name: str
+    config: ShoalConfig
+    model_path: str | None
+    spec: DecoderSpec | None = None
+    worker: str = WORKER
+
+
+class DetachedStatus(Message, frozen=True, kw_only=True):
+    """What `shoal status` shows. state: what the controller is doing while it is None. lives: of the controller."""
+
+    name: str
+    model: str
+    layout: tuple[int, int, int]
+    host: str
+    pid: int
+    state: str
+    controller: ControllerStatus | None
+
+
+class Lines(Message, frozen=True, kw_only=True):
+    """Log lines. next: pass it to be told what follows."""
+
+    lines: list[str]
+    next: int
+
+
+ORDER: "msgspec.msgpack.Decoder[DetachedOrder]" = msgspec.msgpack.Decoder(DetachedOrder)
+STATUS: "msgspec.msgpack.Decoder[DetachedStatus]" = msgspec.msgpack.Decoder(DetachedStatus)
+LINES: "msgspec.msgpack.Decoder[Lines]" = msgspec.msgpack.Decoder(Lines)
+DOOR: "msgspec.msgpack.Decoder[Door | NotYet | HostRefused]" = msgspec.msgpack.Decoder(Door | NotYet | HostRefused)
+
+
+class _KeptLines(logging.Handler):
+    """The last log lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter(LOG_FORMAT))
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self._lines.append(self.format(record))
+        self._count += 1
+
+    def since(self, number: int) -> Lines:
+        """Lines from this number on, as far as they are kept."""
+        lines = list(self._lines)
+        first = self._count - len(lines)
+        return Lines(lines=lines[max(0, number - first) :], next=self._count)
+
+
+class DetachedController:
+    """The actor. Its methods block and are called from several threads; the controller runs in a loop of its own."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._order = ORDER.decode(payload)
+        self._logs = _KeptLines()
+        logging.getLogger().addHandler(self._logs)
+        logging.getLogger().setLevel(self._order.config.runtime.log_level.upper())
+        self._doing = "starting"
+        self._refused: HostRefused | None = None
+        self._door: Door | None = None
+        self._controller: Controller | None = None
+        self._fleet: RayFleet | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._loop = LoopThread("shoal-controller")
+        threading.Thread(target=self._bring_up, name="shoal-bring-up", daemon=True).start()
+
+    def _bring_up(self) -> None:
+        try:
+            self._loop.run(self._start())
+        except (ValueError, EngineError) as error:
+            logger.error("%s could not be started: %s", self._order.name, error)
+            self._refused = HostRefused(text=str(error), users=isinstance(error, ValueError))
+        except Exception as error:
+            logger.exception("%s could not be started", self._order.name)
+            self._refused = HostRefused(text=f"{type(error).__name__}: {error}", users=False)
+            raise
+
+    async def _start(self) -> None:
+        order, config = self._order, self._order.config
+        model_dir: Path | None = None
+        if order.model_path is not None:
+            model_dir = await asyncio.to_thread(resolve_model_path, order.model_path, config.model.revision)
+            spec, _ = await asyncio.to_thread(load_spec, model_dir)
+        else:
+            assert order.spec is not None, "without a checkpoint the order brings the spec"
+            spec = order.spec
+        cluster = Cluster()
+        fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
+        found = await fleet.recover()
+        count = max(found) + 1 if found else config.parallel.data
+        if found:
+            logger.warning("%s: the controller is back and finds replicas %s", order.name, found)
+        missing = [number for number in range(count) if number not in found]
+        if missing and not found:
+            await fleet.prepare(missing)
+        controller = Controller(fleet.make, count, controller_options(fleet.settled))
+        readies = await controller.start(self._tell)
+        self._controller = controller
+        ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
+        door = ControllerDoor(controller, ready, cluster.own_node().address)
+        self._serving = asyncio.create_task(door.serve())
+        weights = config.model.load_format != "dummy"
+        digest = "" if model_dir is None else await asyncio.to_thread(checkpoint_digest, model_dir, weights)
+        self._door = Door(
+            address=door.address,
+            key=door.key,
+            vocab_size=ready.capacity.vocab_size,
+            max_model_len=ready.capacity.max_model_len,
+            checkpoint=digest,
+        )
+        self._doing = "serving"
+        logger.info("%s takes requests at %s", order.name, door.address)
+
+    def _tell(self, starting: Starting) -> None:
+        self._doing = starting.doing
+
+    def door(self) -> bytes:
+        """Door, NotYet or HostRefused."""
+        return msgspec.msgpack.encode(self._refused or self._door or NotYet(doing=self._doing))
+
+    def report(self) -> str:
+        """The table of ranks and memory, once it serves."""
+        return "" if self._fleet is None else "\n".join(self._fleet.settled.notes)
+
+    def status(self) -> bytes:
+        """DetachedStatus."""
+        order, controller = self._order, self._controller
+        parallel = order.config.parallel
+        state = self._doing if self._refused is None else f"failed: {self._refused.text}"
+        status = DetachedStatus(
+            name=order.name,
+            model=order.config.model.path or "",
+            layout=(parallel.tensor, parallel.pipeline, parallel.data),
+            host=platform.node(),
+            pid=os.getpid(),
+            state=state,
+            controller=None if controller is None else self._loop.run(controller.status(), 10.0),
+        )
+        return msgspec.msgpack.encode(status)
+
+    def logs(self, since: int) -> bytes:
+        """Lines from this number on."""
+        return msgspec.msgpack.encode(self._logs.since(since))
+
+    def scale(self, replicas: int) -> str:
+        """Have so many replicas; returns when those that go have gone and the new ones serve, or why not, in words."""
+        if self._controller is None or self._fleet is None:
+            return f"{self._order.name} does not serve yet: {self._doing}"
+        try:
+            timeout_s = self._order.config.launcher.start_timeout_s + SCALE_SLACK_S
+            self._loop.run(self._scale(self._controller, self._fleet, replicas), timeout_s)
+        except (ValueError, EngineError) as error:
+            return str(error)
+        return ""
+
+    async def _scale(self, controller: Controller, fleet: RayFleet, replicas: int) -> None:
+        have = [status.number for status in (await controller.status()).replicas]
+        if replicas > len(have):
+            fleet.check(replicas - len(have))
+        await controller.scale(replicas)
+        for number in have:
+            if number >= replicas:
+                fleet.release(number)
+        deadline = time.monotonic() + self._order.config.launcher.start_timeout_s
+        while True:
+            slots = (await controller.status()).replicas
+            if all(slot.ready for slot in slots):
+                return
+            lost = next((slot for slot in slots if slot.state == "given up"), None)
+            if lost is not None or time.monotonic() >= deadline:
+                slot = lost or next(slot for slot in slots if not slot.ready)
+                cause = slot.first_failure.cause if slot.first_failure is not None else slot.state
+                raise EngineError(f"replica {slot.number} does not serve: {cause}")
+            await asyncio.sleep(0.1)
+
+    def down(self, drain_s: float) -> list[str]:
+        """Refuse new requests, let what runs finish for drain_s, end everything but this actor; ids that did not."""
+        unfinished: list[str] = []
+        if self._controller is not None:
+            unfinished = self._loop.run(self._down(self._controller, drain_s), drain_s + SCALE_SLACK_S)
+        end_crews(Cluster(), self._order.name)
+        return unfinished
+
+    async def _down(self, controller: Controller, drain_s: float) -> list[str]:
+        unfinished = await controller.drain(drain_s)
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await controller.close()
+        return unfinished

@@ -1,0 +1,177 @@
+"""The jobs of gpu_check.py, each a process of its own; every result is one line of JSON on standard output.
+
+    python scripts/gpu_jobs.py kernels --part 0 --of 8 --seed 7      # the table of kernels/gpu/checks.py
+    python scripts/gpu_jobs.py model llama --tp 2                    # a whole tiny model against transformers
+    python scripts/gpu_jobs.py times                                 # the measured cases, one after the other
+    python scripts/gpu_jobs.py report --part 0 --of 2                # compile for sm_80 and sm_90, no GPU needed
+
+--interpret: on the CPU, through Triton's interpreter, with tiny shapes.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPABILITIES = (80, 90)
+WARM_UP_RUNS, TIMED_RUNS = 3, 20
+
+
+def tell(**row: Any) -> None:
+    """One result for gpu_check.py."""
+    print(json.dumps(row), flush=True)
+
+
+def chosen_cases(args: argparse.Namespace) -> Iterator[Any]:
+    """This part's cases."""
+    from shoal.kernels.gpu.checks import all_cases
+
+    cases = [case for case in all_cases(args.scale) if args.only in f"{case.kernel} {case.name}"]
+    yield from cases[args.part :: args.of]
+
+
+def seed_for(args: argparse.Namespace, case: Any) -> None:
+    """Inputs depend on the run's seed and the case alone, so that one case can be repeated alone."""
+    import torch
+
+    torch.manual_seed(args.seed + zlib.crc32(f"{case.kernel} {case.name}".encode()))
+
+
+def check_kernels(args: argparse.Namespace) -> None:
+    """Every case of the part, with everything that torch.empty gives poisoned."""
+    import torch
+
+    from shoal.kernels.gpu.checks import judge
+    from shoal.kernels.gpu.poison import poisoned_empty
+
+    for case in chosen_cases(args):
+        started, row = time.perf_counter(), {"check": case.kernel, "name": case.name}
+        try:
+            seed_for(args, case)
+            with torch.inference_mode():
+                trial = case.make(torch.device(args.device))
+                with poisoned_empty():
+                    verdict = judge(trial)
+        except Exception as error:  # noqa: BLE001 - reported as a failed check
+            tell(**row, ok=False, detail=f"{type(error).__name__}: {error}"[:400])
+            continue
+        detail = f"error {verdict.error:.2e}, torch {verdict.plain_error:.2e}, limit {verdict.limit:.2e}"
+        tell(**row, ok=verdict.passed, detail=detail, error=verdict.error, limit=verdict.limit,
+             plain_error=verdict.plain_error, seconds=time.perf_counter() - started)  # fmt: skip
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """A tiny model of one family on one layout: greedy tokens in float32 against transformers."""
+    from shoal import LLM, SamplingParams
+    from shoal.kernels import device
+    from tests.model.tiny_models import VOCAB, load_oracle, make_model
+    from tests.parity import check_greedy
+
+    size, rng, stepwise = args.tp * args.pp, random.Random(args.seed), args.name == "llama_dynamic"
+    lengths = (5, 12) if args.interpret else (1, 5, 30, 41)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
+    prompts = [prompt[:30] if stepwise else prompt for prompt in prompts]
+    settings: dict[str, Any] = {"max_model_len": 64} if args.name == "phi3_longrope" else {}
+    if args.interpret:
+        device.INTERPRET_CPU_TENSORS = size == 1  # ranks of several are other processes: they run on torch
+        settings["device"] = "cpu"
+    else:
+        settings |= {"device": "cuda", "ranks_per_device": size}
+    greedy = SamplingParams(temperature=0.0, max_tokens=4 if args.interpret else 12, ignore_eos=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_model(args.name, Path(folder))
+        with LLM(
+            str(path), dtype="float32", tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp,
+            skip_tokenizer_init=True, block_size=4, max_num_batched_tokens=24, max_num_seqs=16, **settings,
+        ) as llm:  # fmt: skip
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+        oracle = load_oracle(path)
+    tokens = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        check_greedy(oracle, prompt, output.outputs[0].token_ids, stepwise=stepwise)
+        tokens += len(output.outputs[0].token_ids)
+    tell(check="model", name=f"{args.name} tp{args.tp} pp{args.pp}", ok=True, detail=f"{tokens} tokens equal")
+
+
+def time_kernels(args: argparse.Namespace) -> None:
+    """The measured cases alone on the device: medians, and what they make of memory and arithmetic."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    for case in chosen_cases(args):
+        if not case.measured:
+            continue
+        seed_for(args, case)
+        with torch.inference_mode():
+            trial = case.make(torch.device("cuda"))
+            for _ in range(WARM_UP_RUNS):
+                trial.run()
+            seconds = []
+            for _ in range(TIMED_RUNS):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                trial.run()
+                end.record()
+                end.synchronize()
+                seconds.append(begin.elapsed_time(end) / 1e3)
+        median = sorted(seconds)[len(seconds) // 2]
+        gbs, tflops = trial.bytes_moved / median / 1e9, trial.flops / median / 1e12
+        detail = f"{1e6 * median:.0f} us, {gbs:.0f} GB/s, {tflops:.1f} TFLOP/s"
+        tell(check="time", name=f"{case.kernel} {case.name}", ok=True, detail=detail, microseconds=1e6 * median,
+             gb_per_s=gbs, tflop_per_s=tflops, device=name)  # fmt: skip
+
+
+def report_kernels(args: argparse.Namespace) -> None:
+    """What every case with a budget compiles to."""
+    from shoal.kernels.gpu.checks import compile_case, over_budget
+
+    for case in chosen_cases(args):
+        if case.budget is None:
+            continue
+        for capability in CAPABILITIES:
+            row = {"check": "compile", "name": f"{case.kernel} {case.name}", "kernel": case.kernel, "case": case.name}
+            try:
+                trial, found = case.make_sizes(), compile_case(case, capability)
+            except Exception as error:  # noqa: BLE001 - reported as a failed check
+                tell(**row, ok=False, detail=f"sm_{capability}: {error}"[-400:])
+                continue
+            for compiled in found:
+                over = over_budget(case, compiled)
+                detail = f"{compiled.registers} registers, {compiled.spill_bytes} B spilled, {compiled.shared_bytes} B"
+                numbers = compiled._asdict()
+                tell(**row, ok=over is None, detail=over or detail, bytes_moved=trial.bytes_moved, flops=trial.flops,
+                     function=numbers.pop("name"), **numbers)  # fmt: skip
+
+
+def main() -> None:
+    """Run one job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("kernels", "model", "times", "report"))
+    parser.add_argument("name", nargs="?", help="of the tiny model")
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--of", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="cases whose kernel and name contain this")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, also on a GPU")
+    parser.add_argument("--interpret", action="store_true")
+    args = parser.parse_args()
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    args.scale = "tiny" if args.tiny or args.interpret else "full"
+    args.device = "cpu" if args.interpret else "cuda"
+    sys.path.insert(0, str(ROOT))
+    {"kernels": check_kernels, "model": check_model, "times": time_kernels, "report": report_kernels}[args.job](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""scripts/gpu_check.py without a GPU: kernels compile within their budgets, and the checks run through the interpreter.
+
+Compiled kernels and interpreted ones cannot be had in one process, so the script is run as people run it.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gpu_check(path: Path, *arguments: str, limit_s: int = 280) -> tuple[int, str, list[dict[str, Any]]]:
+    """Exit status, output and rows of the script."""
+    rows = path / "rows.json"
+    command = [sys.executable, "scripts/gpu_check.py", "--jobs", "1", "--json", str(rows), "--limit-s", str(limit_s)]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit_s + 60)
+    assert rows.exists(), done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr, json.loads(rows.read_text())
+
+
+def check_budgets(rows: list[dict[str, Any]], least: int) -> None:
+    """Everything was compiled, for both capabilities, within its budget."""
+    assert not [row for row in rows if not row["ok"]]
+    for capability in (80, 90):
+        assert sum(row["capability"] == capability for row in rows) >= least
+
+
+@pytest.mark.parametrize(
+    ("only", "least"), [("attention decode 32 x 4096 d128", 1), ("attention decode 32 x 4096 fp8", 1), ("norm", 1)]
+)
+def test_kernels_compile_for_sm_80_and_sm_90_within_their_budgets(tmp_path: Path, only: str, least: int) -> None:
+    status, output, rows = gpu_check(tmp_path, "--report", "--only", only)
+    assert status == 0, output
+    check_budgets(rows, least)
+    assert "| sm | registers |" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_kernels_compile_within_their_budgets(tmp_path: Path) -> None:
+    status, output, rows = gpu_check(tmp_path, "--report", limit_s=1700)
+    assert status == 0, output
+    check_budgets(rows, 10)
+
+
+def test_the_checks_run_through_the_interpreter_and_end_in_a_table(tmp_path: Path) -> None:
+    status, output, rows = gpu_check(tmp_path, "--interpret", "--only", "attention fp8 cache", "--seed", "3")
+    assert status == 0, output
+    assert [(row["check"], row["ok"]) for row in rows] == [("attention", True)]
+    assert "seed 3" in output and "worst error of its limit" in output
+
+
+def test_what_has_no_time_to_run_is_said_to_have_not_run(tmp_path: Path) -> None:
+    status, output, rows = gpu_check(tmp_path, "--interpret", "--only", "attention mixed", limit_s=1)
+    assert status == 2, output
+    assert {row["check"] for row in rows} == {"not run"}
+
+
+@pytest.mark.slow
+def test_a_whole_model_runs_through_the_interpreter(tmp_path: Path) -> None:
+    status, output, rows = gpu_check(tmp_path, "--interpret", "--only", "model llama")
+    assert status == 0, output
+    assert sum(row["check"] == "model" for row in rows) == 3
