@@ -57,7 +57,7 @@ class Controller(EngineClient):
         caller closes it.
         """
         self._factory, self.options, self._on_close = factory, options, on_close
-        self._routing = routing or LeastLoaded()
+        self._routing = LeastLoaded() if routing is None else routing
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
         self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
         self._scaling = asyncio.Lock()

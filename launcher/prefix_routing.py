@@ -89,5 +89,7 @@ class PrefixRouting(Routing):
         self._held.pop(number, None)
         self._coming.pop(number, None)
 
-    def __len__(self) -> int:
+    @property
+    def num_entries(self) -> int:
+        """Keys that are remembered, over all replicas."""
         return sum(map(len, self._held.values())) + sum(map(len, self._coming.values()))
