@@ -138,7 +138,8 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
 
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
-    uses_ray = launcher.kind == "ray" or launcher.attach is not None
+    elsewhere = launcher.kind == "auto" and launcher.address != "auto"
+    uses_ray = launcher.kind == "ray" or launcher.attach is not None or elsewhere
     for name in ("address", "ray_auth"):
         if not uses_ray and f"launcher.{name}" in given:
             yield Problem(

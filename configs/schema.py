@@ -188,8 +188,8 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
     kind: Annotated[
         Literal["auto", "inprocess", "local", "torchrun", "ray"],
         Meta(
-            description="Who starts the ranks; auto: torchrun when its variables are set, else in-process for one "
-            "rank, else local.",
+            description="Who starts the ranks; auto: ray when launcher.address names a cluster, torchrun when its "
+            "variables are set, else in-process for one rank, else local.",
             extra=_names("--launcher", keyword="launcher"),
         ),
     ] = "auto"

@@ -39,9 +39,8 @@ async def start_engine(
         await asyncio.to_thread(check_headers, model_dir, family, spec)
     if config.model.checksums is not None:
         await asyncio.to_thread(verify_checksums, model_dir, config.model.checksums)
-    shard_model(
-        spec, config.parallel, config.model.quantization
-    )  # a layout the model cannot have is refused before anything is spawned
+    # a layout the model cannot have is refused before anything is spawned
+    shard_model(spec, config.parallel, config.model.quantization)
     match choose_launcher(config, os.environ):
         case "inprocess":
             from shoal.launcher.inprocess import start_inprocess

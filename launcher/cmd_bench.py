@@ -14,12 +14,14 @@ from pathlib import Path
 import msgspec
 
 from shoal.configs.resolved import ResolvedConfig
+from shoal.kernels.quantized_format import BLOCK, GROUP, quantized_bytes
 from shoal.launcher.bench_report import BenchReport, make_report, plot_report, report_rows
 from shoal.launcher.bench_workload import Trace, Work, make_workload, run_in_turn, run_together
 from shoal.launcher.machine import MachineLimits, measure_limits
 from shoal.launcher.session import Session, open_session
 from shoal.model.families import load_spec
-from shoal.model.shard import layer_costs
+from shoal.model.parameters import BITS, HEAD_BITS
+from shoal.model.shard import Quantization, layer_costs
 from shoal.model.spec import DecoderSpec
 
 
@@ -75,7 +77,7 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         elapsed_s, after = time.perf_counter() - start, await client.stats()
     finally:
         await session.close()
-    weights, layout = touched_weights(spec), config.parallel
+    weights, layout, rounded = touched_weights(spec), config.parallel, config.model.quantization
     report = make_report(
         args.kind,
         traces,
@@ -83,11 +85,11 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         before,
         after,
         limits,
-        weights * itemsize_of(limits.dtype),
+        touched_bytes(spec, itemsize_of(limits.dtype), rounded),
         2.0 * weights,
         model=config.model.served_model_name or config.model.path or "?",
         layout=f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
-        dtype=limits.dtype,
+        dtype=limits.dtype + ("" if rounded == "none" else f", {rounded} weights"),
     )
     return report, traces
 
@@ -114,3 +116,14 @@ def touched_weights(spec: DecoderSpec) -> int:
     """Weights one token is multiplied with: all layers and the head, of experts those that are chosen."""
     layers, _, head = layer_costs(spec)
     return int(sum(layers) + head)
+
+
+def touched_bytes(spec: DecoderSpec, itemsize: int, quantization: Quantization) -> int:
+    """Bytes of those weights. itemsize: of one that is not quantised."""
+    layers, _, head = layer_costs(spec)
+    if quantization == "none":
+        return itemsize * touched_weights(spec)
+    per_weight, per_head_weight = (
+        quantized_bytes(BLOCK, GROUP, 0, bits) / (BLOCK * GROUP) for bits in (BITS[quantization], HEAD_BITS)
+    )
+    return int(sum(layers) * per_weight + head * per_head_weight)

@@ -31,6 +31,7 @@ LEAST_FILES = 1024
 OPTIONAL = {
     "transformers": "tokenizers without tokenizer.json",
     "matplotlib": "pictures of `shoal bench`",
+    "ray": "launcher.kind = ray",
 }
 
 

@@ -12,7 +12,7 @@ Kind = Literal["inprocess", "local", "torchrun", "ray"]
 def choose_launcher(config: ShoalConfig, environ: Mapping[str, str]) -> Kind:
     """What launcher.kind comes to. environ: the process environment, for torchrun's variables."""
     kind = config.launcher.kind
-    if config.launcher.attach is not None:
+    if config.launcher.attach is not None or (kind == "auto" and config.launcher.address != "auto"):
         return "ray"
     if kind != "auto":
         return kind

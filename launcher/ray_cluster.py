@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -76,9 +78,9 @@ class Reservation(NamedTuple):
 class Cluster:
     """A connection of this process to a Ray cluster; one at a time."""
 
-    def __init__(self, started: bool = False) -> None:
-        """Inside an actor; elsewhere use `connect`. started: the cluster is this process's own and ends with it."""
-        self.started = started
+    def __init__(self, folder: str | None = None) -> None:
+        """Inside an actor; elsewhere use `connect`. folder: of a cluster that ends with this process."""
+        self._folder = folder
 
     @classmethod
     def connect(cls, address: str, auth: str, cpus: int | None) -> "Cluster":
@@ -99,15 +101,17 @@ class Cluster:
                 return cls()
             if cpus is None:
                 raise ValueError(f"launcher.address = {address}: there is no Ray cluster to join; {START_HINT}")
+            folder = tempfile.mkdtemp(prefix="shoal-ray-")
             with _environment_of_local_cluster():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
                     object_store_memory=MIN_OBJECT_STORE_BYTES,
+                    _temp_dir=folder,
                     **quiet,
                 )
-            return cls(started=True)
+            return cls(folder)
         except (RuntimeError, OSError, ValueError) as error:
             if isinstance(error, EngineError) or (isinstance(error, ValueError) and cpus is None):
                 raise
@@ -235,10 +239,12 @@ class Cluster:
             return None
 
     def close(self) -> None:
-        """Leave the cluster, or end it when it was started here."""
+        """Leave the cluster, or end it, its logs too, when it was started here."""
         import ray
 
         ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _import_ray() -> Any:

@@ -92,24 +92,14 @@ class RayFleet:
             self._settled = self._settle()
 
     async def make(self, number: int) -> RayReplica:
-        """A handle of a replica, not started: where it was, or on another place when that is gone."""
-        async with self._placing:
-            if (engine := self._adoptable.pop(number, None)) is not None:
-                handle = await self._adopt(engine, self._places[number])
-                if handle is not None:
-                    return handle
-            if number in self._places and not await self._answers(self._places[number]):
-                self.release(number)
-            if number not in self._places:
-                await self._place_again(number)
-            return self._handle(number, self._places[number])
-
-    async def _place_again(self, number: int) -> None:
-        """Place a replica whose devices are gone, waiting for others at most launcher.start_timeout_s."""
+        """A handle of a replica, not started: where it was, or on another place when that is gone; waits for devices
+        at most launcher.start_timeout_s.
+        """
         deadline, told = time.monotonic() + self._config.launcher.start_timeout_s, False
         while True:
             try:
-                return await self.prepare([number])
+                async with self._placing:
+                    return await self._make(number)
             except TooSmall as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -117,6 +107,17 @@ class RayFleet:
                     logger.warning("replica %d waits for devices: %s", number, error)
                 told = True
             await asyncio.sleep(WAIT_FOR_DEVICES_S)
+
+    async def _make(self, number: int) -> RayReplica:
+        if (engine := self._adoptable.pop(number, None)) is not None:
+            handle = await self._adopt(engine, self._places[number])
+            if handle is not None:
+                return handle
+        if number in self._places and not await self._answers(self._places[number]):
+            self.release(number)
+        if number not in self._places:
+            await self.prepare([number])
+        return self._handle(number, self._places[number])
 
     def release(self, number: int) -> None:
         """Give the devices of a replica back; its processes end. Unknown numbers are no error."""
@@ -308,7 +309,14 @@ class RayFleet:
             for post in place.posts[1:]
         }
         several = self._config.parallel.data > 1 or number > 0
-        return RayReplica(first.actor, others, listener, bootstrap, where=f"replica {number}: " if several else "")
+        return RayReplica(
+            first.actor,
+            others,
+            listener,
+            bootstrap,
+            addresses=place.addresses,
+            where=f"replica {number}: " if several else "",
+        )
 
     async def _adopt(self, engine: EngineBootstrap, place: Place) -> RayReplica | None:
         """A handle that takes over a running engine; None when that has ended meanwhile."""
@@ -323,7 +331,9 @@ class RayFleet:
         bootstrap = msgspec.structs.replace(engine, front_address=listener.address)
         others: dict[Actor, list[RankBootstrap]] = {post.actor: [] for post in place.posts[1:]}
         where = f"replica {engine.replica}: "
-        return RayReplica(first.actor, others, listener, bootstrap, where=where, adopted=True)
+        return RayReplica(
+            first.actor, others, listener, bootstrap, addresses=place.addresses, where=where, adopted=True
+        )
 
     def _model(self, config: ShoalConfig, post: Post) -> Model:
         return Model(config=config, spec=self._spec, model_dir=post.report.model_dir, worker=self._worker)
@@ -337,7 +347,13 @@ def _choose_device(config: ShoalConfig, nodes: Sequence[Node]) -> Literal["cpu",
     gpus = sum(node.total["GPU"] for node in nodes)
     if config.runtime.device == "cuda" and gpus == 0:
         raise ValueError("runtime.device = cuda, but no node of the Ray cluster has a GPU; use auto or cpu")
-    return "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    device: Literal["cpu", "cuda"] = "cpu" if config.runtime.device == "cpu" or gpus == 0 else "cuda"
+    if device == "cuda" and config.parallel.ranks_per_device > 1:
+        raise ValueError(
+            f"parallel.ranks_per_device = {config.parallel.ranks_per_device}, but Ray gives every rank a GPU of its "
+            "own; leave it out, or start with launcher.kind = local or torchrun"
+        )
+    return device
 
 
 def _offer(node: Node, unit: str) -> HostOffer:

@@ -32,6 +32,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     posts: list[Post]
 
     @property
+    def addresses(self) -> dict[int, str]:
+        """Of the node of each rank."""
+        return {rank: post.address for post in self.posts for rank in post.ranks}
+
+    @property
     def one_host(self) -> bool:
         """Whether all ranks can share memory."""
         return len({post.report.host for post in self.posts}) == 1

@@ -10,6 +10,7 @@ from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.crew_messages import ENDS, StartRanks
 from shoal.launcher.engine_replica import EngineReplica
 from shoal.launcher.ray_cluster import Actor
+from shoal.launcher.replica import RankPlace
 from shoal.parallel.control_connect import Listener
 
 WATCH_S = 20.0
@@ -28,14 +29,16 @@ class RayReplica(EngineReplica):
         listener: Listener,
         bootstrap: EngineBootstrap,
         *,
+        addresses: Mapping[int, str],
         where: str = "",
         adopted: bool = False,
     ) -> None:
-        """others: the ranks of the other crews, without the engine's address. adopted: the engine runs already
-        and connects to the listener.
+        """others: the ranks of the other crews, without the engine's address. addresses: of the node of each rank.
+        adopted: the engine runs already and connects to the listener.
         """
         super().__init__(listener, bootstrap, where=where, on_listening=self._order_ranks)
         self._engine_crew, self._others, self._adopted = engine_crew, dict(others), adopted
+        self._addresses = addresses
         self._orders: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[str] | None = None
 
@@ -89,6 +92,10 @@ class RayReplica(EngineReplica):
         except EngineError as error:
             return [str(error)]
         return [f"{ended.name} of {actor.name}: {ended.how}" for ended in ends if ended.by_signal]
+
+    def places(self) -> list[RankPlace]:
+        """Hosts by the addresses of their nodes."""
+        return [msgspec.structs.replace(place, host=self._addresses[place.rank]) for place in super().places()]
 
     async def stop(self) -> None:
         """The same, and the crews kill what has not ended then."""

@@ -173,6 +173,8 @@ def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
 
 
 LINEARS = ("mixer.qkv", "mixer.o", "gate_up", "ffn.up", "down")
+BITS = {"int8": 8, "int4": 4}  # of their codes,
+HEAD_BITS = 8  # and of the head's
 
 
 def weight_bits(name: str, quantization: Quantization, tied: bool) -> int | None:
@@ -181,8 +183,8 @@ def weight_bits(name: str, quantization: Quantization, tied: bool) -> int | None
     if quantization == "none" or kind != "weight":
         return None
     if module == "head" or (module == "embed" and tied):
-        return 8
-    return {"int8": 8, "int4": 4}[quantization] if module.endswith(LINEARS) else None
+        return HEAD_BITS
+    return BITS[quantization] if module.endswith(LINEARS) else None
 
 
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:

@@ -2,7 +2,7 @@
 
     python scripts/bench_quantization.py --model DIR --llama-bench BIN --gguf bf16=F.gguf int8=F.gguf int4=F.gguf
 
-The GGUF files are of the same checkpoint (scripts/make_gguf.py). In every round each engine runs in turn: one stream
+The GGUF files are of the same checkpoint (scripts/write_gguf.py). In every round each engine runs in turn: one stream
 (`decode`, tokens per second) and a prompt of --prompt tokens; medians over rounds are printed with their ratio, beside
 the bandwidth measured in the same rounds and the bytes of weights a token reads. Processor time of one thread, not
 wall-clock time, so that other work on the machine takes less part in it; what llama-bench spends on loading is

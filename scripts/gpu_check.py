@@ -5,6 +5,7 @@ compute-sanitizer where it is present, times last; within --limit-s seconds, end
     python scripts/gpu_check.py --only attention --seed 7
     python scripts/gpu_check.py --interpret           # without a GPU: tiny shapes through Triton's interpreter
     python scripts/gpu_check.py --report              # what kernels compile to on sm_80 and sm_90, as Markdown
+    python scripts/gpu_check.py --report --limit-s 1800 --write docs/kernels.md
 
 Needs a checkout with the dev extra (transformers is the oracle). Exit status: 0 all passed, 1 something failed, 2 the
 time was up before everything had run. Jobs (scripts/gpu_jobs.py) are processes: most of the time is spent compiling,
@@ -26,6 +27,7 @@ JOBS = Path(__file__).resolve().parent / "gpu_jobs.py"
 ROOT = JOBS.parents[1]
 LAYOUTS = ((1, 1), (2, 1), (1, 2))
 SANITIZED = ("attention mixed float16", "attention uneven", "attention shared", "rope_kv_write")
+BEGIN, END = "<!-- report begins -->", "<!-- report ends -->"
 Row = dict[str, Any]
 
 
@@ -129,12 +131,23 @@ def markdown(rows: list[Row]) -> str:
         "| case | must move | must compute | kernel | sm | registers | spilled B | shared KiB | warps | stages |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted((row for row in rows if row["check"] == "compile"), key=lambda row: row["kernel"]):
+    compiled = [row for row in rows if row["check"] == "compile" and "function" in row]
+    for row in sorted(compiled, key=lambda row: row["kernel"]):
         work = f"{row['bytes_moved'] / 1e6:.1f} MB | {row['flops'] / 1e9:.2f} GFLOP"
         kernel = f"{row['function']} | {row['capability']} | {row['registers']} | {row['spill_bytes']}"
         shared = f"{row['shared_bytes'] / 1024:.0f} | {row['warps']} | {row['stages']}"
         lines.append(f"| {row['kernel']} {row['case']} | {work} | {kernel} | {shared} |")
     return "\n".join(lines)
+
+
+def write_report(path: Path, text: str) -> None:
+    """Put the report between the marks of a page. Raises ValueError when they are not there."""
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r} to put the report between")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def family_names() -> list[str]:
@@ -158,6 +171,8 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=240.0)
     parser.add_argument("--json", type=Path, help="also write every row here")
     args = parser.parse_args()
+    if args.write is not None and not args.report:
+        parser.error("--write takes the report, which --report makes")
     deadline = time.monotonic() + args.limit_s
     if args.report:
         jobs = [
@@ -171,6 +186,8 @@ def main() -> int:
     rows = run_all(jobs, args.jobs, deadline)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.write is not None:
+        write_report(args.write, markdown(rows))
     print(markdown(rows) if args.report else show(rows))
     if any(row["ok"] is False for row in rows):
         return 1

@@ -136,16 +136,19 @@ def report_kernels(args: argparse.Namespace) -> None:
     for case in chosen_cases(args):
         if case.budget is None:
             continue
-        trial = None
         for capability in CAPABILITIES:
-            for compiled in compile_case(case, capability):
+            row = {"check": "compile", "name": f"{case.kernel} {case.name}", "kernel": case.kernel, "case": case.name}
+            try:
+                trial, found = case.make_sizes(), compile_case(case, capability)
+            except Exception as error:  # noqa: BLE001 - reported as a failed check
+                tell(**row, ok=False, detail=f"sm_{capability}: {error}"[-400:])
+                continue
+            for compiled in found:
                 over = over_budget(case, compiled)
                 detail = f"{compiled.registers} registers, {compiled.spill_bytes} B spilled, {compiled.shared_bytes} B"
-                trial = trial or case.make_sizes()
-                found = compiled._asdict()
-                tell(check="compile", name=f"{case.kernel} {case.name}", ok=over is None, detail=over or detail,
-                     kernel=case.kernel, case=case.name, bytes_moved=trial.bytes_moved, flops=trial.flops,
-                     function=found.pop("name"), **found)  # fmt: skip
+                numbers = compiled._asdict()
+                tell(**row, ok=over is None, detail=over or detail, bytes_moved=trial.bytes_moved, flops=trial.flops,
+                     function=numbers.pop("name"), **numbers)  # fmt: skip
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
-"""A Llama checkpoint of Hugging Face as GGUF, for measuring llama.cpp: `python scripts/write_gguf.py FOLDER FILE`.
+"""A Llama checkpoint of Hugging Face as GGUF, for measuring llama.cpp.
 
+    python scripts/write_gguf.py FOLDER FILE [TYPE]
+
+TYPE: q8_0 or q4_0 rounds the matrices (in q4_0 the head is Q8_0, as Shoal's int4 has it); default: as they are stored.
 Needs the `gguf` package. There is no tokenizer in the file ("none"), and the rows of query and key projections stay in
 Hugging Face's order, which llama.cpp reads in another one: the speed is the model's, the text is not.
 """
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -39,6 +43,7 @@ def gguf_name(name: str) -> str:
 def main() -> None:
     """Write the file."""
     folder, out = Path(sys.argv[1]), sys.argv[2]
+    kind = sys.argv[3].upper() if len(sys.argv) > 3 else None
     config = json.loads((folder / "config.json").read_text())
     writer = GGUFWriter(out, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -60,8 +65,12 @@ def main() -> None:
             start, stop = (8 + size + offset for offset in entry["data_offsets"])
             if entry["dtype"] == "BF16":
                 bits = np.frombuffer(data[start:stop], np.uint16).reshape(entry["shape"])
+                values = (bits.astype(np.uint32) << 16).view(np.float32)
                 if len(entry["shape"]) == 1:  # norms are float32 in GGUF
-                    writer.add_tensor(gguf_name(name), (bits.astype(np.uint32) << 16).view(np.float32))
+                    writer.add_tensor(gguf_name(name), values)
+                elif kind is not None:
+                    rounded = GGMLQuantizationType["Q8_0" if name == "lm_head.weight" else kind]
+                    writer.add_tensor(gguf_name(name), quantize(values, rounded), raw_dtype=rounded)
                 else:
                     writer.add_tensor(gguf_name(name), bits.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
             else:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.kernels.gpu.attention_kernel import attention_kernel, merge_kernel
 
@@ -26,6 +27,7 @@ SCRATCH_BYTES = 32 << 20  # most bytes of partial results of a call; part of cac
 MIN_SPLIT_KEYS = 256
 WAVES = 2  # programs per multiprocessor that splitting aims at
 ALL_KEYS = 1 << 30
+TMA_CAPABILITY = 90
 MERGE_HEADS = 4
 
 
@@ -47,12 +49,19 @@ def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, det
     """
     few = max(16, min(64, triton.next_power_of_2(group * min(max_queries, DECODE_QUERIES))))
     if dtype == torch.float32:
-        return Tiles(16, 32 if dim <= 128 else 16, 4, 2)
+        return Tiles(16, 32 if dim <= 128 else 16, 8, 2)
     if deterministic:
         return Tiles(32, 32, 4, 2)
     if max_queries <= DECODE_QUERIES:
         return Tiles(few, 64 if dim <= 128 else 32, 4, 3 if dim <= 128 else 2)
     return Tiles(128, 64, 8, 3 if dim <= 64 else 2) if dim <= 128 else Tiles(64, 32, 8, 2)
+
+
+def capability() -> int:
+    """Of the device kernels are launched for: 80, 90, ...; of the interpreter, which does TMA as well, 90."""
+    if triton.knobs.runtime.interpret:
+        return TMA_CAPABILITY
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @functools.cache
@@ -163,8 +172,8 @@ class _Call:
         partial, stats = (unused, unused) if scratch is None else (scratch.partial, scratch.stats)
         k_scale, v_scale, scale_step = self.scale_arguments()
         attention_kernel[(tiles, heads, plan.splits)](
-            self.q, self.k_cache, self.v_cache, self.out, partial, stats, table, cu, lens,
-            cu if self.map is None else self.map, self.q if self.sinks is None else self.sinks, k_scale, v_scale,
+            self.q, self.k_cache, self.v_cache, *self.descriptors(plan.tiles), self.out, partial, stats, table, cu,
+            lens, cu if self.map is None else self.map, self.q if self.sinks is None else self.sinks, k_scale, v_scale,
             num_rows, *plan.queries, *plan.keys, self.window or 0, plan.span,
             first_slot, 0 if scratch is None else scratch.num_places, int(scratch is not None and scratch.by_token),
             self.scale, self.softcap or 1.0,
@@ -177,6 +186,17 @@ class _Call:
             FP8=self.scales is not None, SEGMENTED=self.deterministic,
             num_warps=plan.tiles.warps, num_stages=plan.tiles.stages,
         )  # fmt: skip
+
+    def descriptors(self, tiles: Tiles) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """The caches as TMA sees them, [slots, num_kv_heads * head_dim] in tiles; None where it cannot be used: before
+        9.0, and unless a tile lies in one block and its rows are whole powers of two.
+        """
+        fits = self.block_size % tiles.keys == 0 and self.head_dim == self.dim and not self.deterministic
+        if not fits or capability() < TMA_CAPABILITY:
+            return None, None
+        k_2d, v_2d = (cache.view(-1, self.num_kv_heads * self.head_dim) for cache in (self.k_cache, self.v_cache))
+        tile = [tiles.keys, self.head_dim]
+        return TensorDescriptor.from_tensor(k_2d, tile), TensorDescriptor.from_tensor(v_2d, tile)
 
     def merge(self, scratch: "_Scratch", queries: tuple[int, int]) -> None:
         """Fold the slots of scratch into out."""

@@ -215,6 +215,8 @@ def measured_cases() -> Iterator[Case]:
     yield case("decode 32 x 4096 deterministic", decode, (32, 8), deterministic=True, budget=FEW_SPILLS, measured=True)
     yield case("prefill 1 x 2048 deterministic", [(2048, 2048)], (32, 8), deterministic=True, measured=True)
     yield case("decode 32 x 4096 window 1024", decode, (32, 8), window=1024, budget=Budget(), measured=True)
+    yield case("decode 32 x 4096 blocks of 64", decode, (32, 8), block_size=64, budget=Budget(), measured=True)
+    yield case("prefill 1 x 2048 blocks of 64", [(2048, 2048)], (32, 8), block_size=64, budget=Budget(), measured=True)
     yield case("shared 4096 of 32 x 4352", [(1, 4352)] * 32, (32, 8), shared=4096, measured=True)
     yield case("prefill 1 x 512 d128 float32", [(512, 512)], (32, 8), dtype=torch.float32, budget=FEW_SPILLS,
                measured=True)  # fmt: skip

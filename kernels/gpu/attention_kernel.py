@@ -32,12 +32,17 @@ def tanh(x):
 
 
 @triton.jit
-def load_cache(pointers, mask, FP8: tl.constexpr, dtype: tl.constexpr):
-    """Elements of the cache as dtype. FP8: bytes of e4m3, whose bits are those of a float16 2^-8 times as large."""
+def load_cache(pointers, mask):
+    """A tile of the cache, 0 where masked."""
     if mask is None:
-        raw = tl.load(pointers)
+        return tl.load(pointers)
     else:
-        raw = tl.load(pointers, mask=mask, other=0)
+        return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def decode(raw, FP8: tl.constexpr, dtype: tl.constexpr):
+    """Elements of the cache as dtype. FP8: bytes of e4m3, whose bits are those of a float16 2^-8 times as large."""
     if FP8:
         bits = raw.to(tl.uint16)
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -48,14 +53,15 @@ def load_cache(pointers, mask, FP8: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, m, l, q, q_positions, k_ptr, v_ptr, table_ptr, oldest, newest, start, stop, window, qk_scale, softcap,
-    cache_block, cache_token,
+    acc, m, l, q, q_positions, k_ptr, v_ptr, k_desc, v_desc, column, table_ptr, oldest, newest, start, stop, window,
+    qk_scale, softcap, cache_block, cache_token,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start, stop), start a multiple of BLOCK_N. k_ptr, v_ptr: of the key/value head.
 
-    Only keys in [oldest, newest) are read. Without MASKED every row sees every key of the range.
+    Only keys in [oldest, newest) are read. Without MASKED every row sees every key of the range; whole tiles are then
+    read through the tensor descriptors (TMA), whose rows are the cache's slots, from `column` on, where there are any.
     """
     columns = tl.arange(0, DIM)
     for first in range(start, stop, BLOCK_N):
@@ -64,6 +70,7 @@ def attend(
         if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies in one block
             block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
             slots = block * cache_block + (positions % BLOCK_SIZE) * cache_token
+            slot = (block * BLOCK_SIZE + first % BLOCK_SIZE).to(tl.int32)
         else:
             if MASKED:
                 blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=readable, other=0).to(tl.int64)
@@ -77,7 +84,11 @@ def attend(
             mask = (columns < HEAD_DIM)[None, :]
         else:
             mask = None
-        k = load_cache(k_ptr + offsets, mask, FP8, q.dtype)
+        if k_desc is not None and not MASKED:
+            k = k_desc.load([slot, column])
+        else:
+            k = load_cache(k_ptr + offsets, mask)
+        k = decode(k, FP8, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CAPPED:
             scores = tanh(scores * (qk_scale / softcap)) * (softcap * LOG2E)
@@ -93,7 +104,11 @@ def attend(
         weights = tl.exp2(scores - shift[:, None])
         factor = tl.exp2(m - shift)
         l = tl.fma(l, factor, tl.sum(weights, 1))
-        v = load_cache(v_ptr + offsets, mask, FP8, q.dtype)
+        if v_desc is not None and not MASKED:
+            v = v_desc.load([slot, column])
+        else:
+            v = load_cache(v_ptr + offsets, mask)
+        v = decode(v, FP8, q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * factor[:, None], input_precision="ieee")
         m = top
     return acc, m, l
@@ -149,8 +164,8 @@ def heads_of(map_ptr, kv_head, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constex
 @triton.jit(do_not_specialize=["num_rows", "min_queries", "max_queries", "key_begin", "key_end", "window", "span",
                                "first_slot", "num_partials", "by_token", "table_row"])  # fmt: skip
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, table_ptr, cu_ptr, lens_ptr, map_ptr, sinks_ptr,
-    k_scale_ptr, v_scale_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, partial_ptr, stats_ptr, table_ptr, cu_ptr, lens_ptr, map_ptr,
+    sinks_ptr, k_scale_ptr, v_scale_ptr,
     num_rows, min_queries, max_queries, key_begin, key_end, window, span, first_slot, num_partials, by_token,
     scale, softcap,
     q_token, q_head, out_token, out_head, table_row, cache_block, cache_token, cache_head, scale_step,
@@ -199,6 +214,7 @@ def attention_kernel(
     if FP8:
         qk_scale = scale * tl.load(k_scale_ptr + kv_head * scale_step)
         v_scale = tl.load(v_scale_ptr + kv_head * scale_step)
+    column = kv_head * HEAD_DIM
     k_ptr += kv_head * cache_head
     v_ptr += kv_head * cache_head
     table_ptr += row.to(tl.int64) * table_row
@@ -209,9 +225,10 @@ def attention_kernel(
         for segment in range(start, stop, SEGMENT):
             part, part_m, part_l = attend(
                 tl.zeros([BLOCK_M, DIM], dtype=tl.float32), tl.full([BLOCK_M], MINUS_INF, dtype=tl.float32),
-                tl.zeros([BLOCK_M], dtype=tl.float32), q, q_positions, k_ptr, v_ptr, table_ptr, oldest, newest,
-                tl.maximum(segment, oldest // BLOCK_N * BLOCK_N), tl.minimum(segment + SEGMENT, stop), window, qk_scale,
-                softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOWED, CAPPED, FP8, True,
+                tl.zeros([BLOCK_M], dtype=tl.float32), q, q_positions, k_ptr, v_ptr, None, None, 0, table_ptr, oldest,
+                newest, tl.maximum(segment, oldest // BLOCK_N * BLOCK_N), tl.minimum(segment + SEGMENT, stop), window,
+                qk_scale, softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOWED, CAPPED, FP8,
+                True,
             )  # fmt: skip
             acc, m, l = fold(acc, m, l, part, part_m, part_l)
     else:
@@ -223,17 +240,20 @@ def attention_kernel(
             full_start = tl.minimum(tl.maximum(start, tl.cdiv(all_see, BLOCK_N) * BLOCK_N), stop)
             full_start = tl.maximum(full_start, start)
             acc, m, l = attend(
-                acc, m, l, q, q_positions, k_ptr, v_ptr, table_ptr, oldest, newest, start, full_start, window, qk_scale,
-                softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOWED, CAPPED, FP8, True,
+                acc, m, l, q, q_positions, k_ptr, v_ptr, k_desc, v_desc, column, table_ptr, oldest, newest,
+                start, full_start, window, qk_scale, softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE,
+                BLOCK_N, WINDOWED, CAPPED, FP8, True,
             )  # fmt: skip
         full_stop = tl.maximum(tl.minimum(context + first_query + 1, stop) // BLOCK_N * BLOCK_N, full_start)
         acc, m, l = attend(
-            acc, m, l, q, q_positions, k_ptr, v_ptr, table_ptr, oldest, newest, full_start, full_stop, window, qk_scale,
-            softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOWED, CAPPED, FP8, False,
+            acc, m, l, q, q_positions, k_ptr, v_ptr, k_desc, v_desc, column, table_ptr, oldest, newest,
+            full_start, full_stop, window, qk_scale, softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE,
+            BLOCK_N, WINDOWED, CAPPED, FP8, False,
         )  # fmt: skip
         acc, m, l = attend(
-            acc, m, l, q, q_positions, k_ptr, v_ptr, table_ptr, oldest, newest, full_stop, stop, window, qk_scale,
-            softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOWED, CAPPED, FP8, True,
+            acc, m, l, q, q_positions, k_ptr, v_ptr, k_desc, v_desc, column, table_ptr, oldest, newest,
+            full_stop, stop, window, qk_scale, softcap, cache_block, cache_token, HEAD_DIM, DIM, BLOCK_SIZE,
+            BLOCK_N, WINDOWED, CAPPED, FP8, True,
         )  # fmt: skip
 
     if num_partials == 0:

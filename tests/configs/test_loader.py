@@ -258,7 +258,11 @@ def test_bad_default_sampling_is_refused_with_its_change() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"launcher.address": "10.0.0.1:6379"}, "is about Ray clusters, and launcher.kind is auto"),
+        (
+            {"launcher.address": "10.0.0.1:6379", "launcher.kind": "local"},
+            "is about Ray clusters, and launcher.kind is",
+        ),
+        ({"launcher.ray_auth": "off"}, "is about Ray clusters, and launcher.kind is auto"),
         ({"launcher.kind": "ray", "launcher.address": "10.0.0.1"}, "must be auto, local, or host:port"),
         ({"launcher.attach": "prod", "parallel.tensor": 2}, "runs already with settings of its own"),
         ({"launcher.attach": "prod", "launcher.kind": "local"}, "starts nothing"),

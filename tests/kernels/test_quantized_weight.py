@@ -32,7 +32,10 @@ def compile_variant(flags: list[str], path: Path) -> NativeLibrary:
     return NativeLibrary(NativeBuild(path, path.stem))
 
 
-@pytest.fixture(scope="module", params=["native", "torch", *VARIANTS])
+PATHS = ["native", "torch", "avx2", "plain", pytest.param("avx512", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=PATHS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """New weights multiply with torch, with the library of this machine, or with one for others that it can run."""
     name = request.param
@@ -224,6 +227,7 @@ def test_gives_rows_back_for_an_embedding(dtype):
     assert torch.equal(rows, weight.dequantize()[ids].to(dtype)) and rows.is_contiguous()
 
 
+@pytest.mark.slow
 def test_vnni_of_256_bits_compiles(tmp_path):
     if native_library() is None or os.uname().machine != "x86_64":
         pytest.skip("needs a C compiler for x86-64")
