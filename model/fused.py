@@ -34,10 +34,11 @@ def fused_norm(norm: NormLayer | None) -> FusedNorm | None:
 
 def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | None:
     """The mixer with the norm before it; None where it cannot be fused."""
-    library, heads_norm, qkv, out = native_library(), mixer.head_norm, mixer.qkv.weight, mixer.out.weight
-    if library is None or not for_c(qkv) or not for_c(out):
+    heads_norm, qkv, out = mixer.head_norm, mixer.qkv.weight, mixer.out.weight
+    if not for_c(qkv) or not for_c(out) or not fusible(norm) or mixer.across_heads is not None:
         return None
-    if not fusible(norm) or mixer.across_heads is not None:
+    library = native_library()  # asked for only where weights are prepared for C: on GPUs it must not be built
+    if library is None:
         return None
     q_norm = k_norm = None
     if heads_norm is not None:
@@ -69,10 +70,12 @@ def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | No
 
 def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForward | None:
     """The feed-forward with the norm before it; None where it cannot be fused."""
-    library = native_library()
-    if library is None or not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
+    if not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
         return None
     up = ffn.gate_up if isinstance(ffn, GatedFeedForward) else ffn.up
     if not for_c(up.weight) or not for_c(ffn.down.weight):
+        return None
+    library = native_library()
+    if library is None:
         return None
     return FusedFeedForward(library, fused_norm(norm), up.weight, up.bias, ffn.down.weight, kind=ffn.kind)

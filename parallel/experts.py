@@ -44,8 +44,10 @@ class Experts:
         self.gate_up, self.down, self.expert_range = gate_up, down, expert_range
         self.activation, self.group, self.deterministic = activation, group, deterministic
         self.native: NativeExperts | None = None
-        library = native_library()
-        if library is not None and isinstance(gate_up, list) and isinstance(down, list) and gate_up:
+        if isinstance(gate_up, list) and isinstance(down, list) and gate_up and hasattr(gate_up[0], "native"):
+            # prepared for C, on a CPU; elsewhere nothing is built
+            library = native_library()
+            assert library is not None, "weights are prepared for a library"
             self.native = NativeExperts(library, gate_up, down, expert_range[0], activation)
 
     def partial(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
