@@ -126,6 +126,12 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             message="says how many ranks share a GPU, and runtime.device is cpu, where all share the memory; "
             "leave it out",
         )
+    elif config.parallel.ranks_per_device > config.world_size:
+        yield Problem(
+            key="parallel.ranks_per_device",
+            value=str(config.parallel.ranks_per_device),
+            message=f"the layout has {config.world_size} {'rank' if config.world_size == 1 else 'ranks'}; at most that",
+        )
     if config.parallel.ranks_per_device > 1 and runtime.collectives == "nccl" and config.ranks_per_replica > 1:
         yield _collectives("nccl", "refuse two ranks on one GPU, and parallel.ranks_per_device is over 1; use auto")
     if runtime.native == "require" and runtime.device == "cuda":
@@ -246,7 +252,7 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),
-    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device")),
+    (_runtime, ("runtime.collectives", "runtime.device", "runtime.native", "parallel.ranks_per_device", *_LAYOUT_KEYS)),
     (_ray, ("launcher.kind", "launcher.address", "launcher.ray_auth", "launcher.attach")),
 )
 """Each check with the keys it reads."""

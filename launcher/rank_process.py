@@ -159,6 +159,9 @@ class _Rank:
             native = load_native(self._config.runtime.native)
         else:
             torch.cuda.set_device(boot.device)
+            from shoal.kernels.gpu.compile import call_after_compiling  # only here: it imports Triton
+
+            call_after_compiling(self._activity.tick)  # the first steps compile for longer than hangs may take
         self._channel.send(
             Hello(
                 rank=boot.rank,

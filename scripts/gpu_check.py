@@ -162,6 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="without a GPU")
     parser.add_argument("--report", action="store_true", help="compile reports as Markdown; no GPU needed")
+    parser.add_argument("--write", type=Path, help="with --report: put it between the marks of this page")
     parser.add_argument(
         "--only", default="", help="checks whose kernel and name (or `model NAME tpN ppN`) contain this"
     )

@@ -4,6 +4,7 @@ Compiled kernels and interpreted ones cannot be had in one process, so the scrip
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,31 @@ def check_budgets(rows: list[dict[str, Any]], least: int) -> None:
     ("only", "least"), [("attention decode 32 x 4096 d128", 1), ("attention decode 32 x 4096 fp8", 1), ("norm", 1)]
 )
 def test_kernels_compile_for_sm_80_and_sm_90_within_their_budgets(tmp_path: Path, only: str, least: int) -> None:
-    status, output, rows = gpu_check(tmp_path, "--report", "--only", only)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- report begins -->\nold\n<!-- report ends -->\nafter\n")
+    status, output, rows = gpu_check(tmp_path, "--report", "--only", only, "--write", str(page))
     assert status == 0, output
     check_budgets(rows, least)
     assert "| sm | registers |" in output
+    assert page.read_text().startswith("before") and "old" not in page.read_text() and only in page.read_text()
+
+
+def test_who_waits_is_told_of_every_kernel_that_was_compiled() -> None:
+    code = """
+import torch, triton
+from shoal.kernels.gpu.activation import launch_activation
+from shoal.kernels.gpu.compile import call_after_compiling, compiling_for
+told = []
+call_after_compiling(lambda: told.append(1))
+with compiling_for(90) as compiled:
+    for _ in range(2):
+        launch_activation(torch.empty(3, 8, device="meta"), 0, gated=False)
+print(len(told), len(compiled))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.split() == ["1", "2"], done.stdout + done.stderr
 
 
 @pytest.mark.slow

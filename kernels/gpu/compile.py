@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,16 @@ def compiling_for(capability: int) -> Iterator[list[Compiled]]:
         finally:
             JITFunction.run = run
             triton.runtime.driver._active = active
+
+
+def call_after_compiling(tell: Callable[[], None]) -> None:
+    """Call `tell` whenever this process has compiled a kernel, which takes seconds: a sign of life for who waits."""
+
+    def hook(**_what: Any) -> bool:
+        tell()
+        return False
+
+    triton.knobs.runtime.jit_post_compile_hook = hook
 
 
 def resources(kernel: Any, capability: int) -> Compiled:

@@ -168,6 +168,7 @@ BAD = [
     ({"runtime.collectives": "shm", "runtime.device": "cuda"}, "runtime.device is cuda"),
     ({"runtime.collectives": "nccl", "runtime.device": "cpu"}, "runtime.device is cpu"),
     ({"runtime.collectives": "shm", "runtime.native": "off"}, "runtime.native is off"),
+    ({"parallel.ranks_per_device": 3, "parallel.tensor": 2}, "the layout has 2 ranks; at most that"),
     ({"parallel.ranks_per_device": 2, "runtime.device": "cpu"}, "runtime.device is cpu, where all share the memory"),
     (
         {"parallel.ranks_per_device": 2, "parallel.tensor": 2, "runtime.collectives": "nccl"},
