@@ -59,11 +59,6 @@ class Field:
         """The words of a Literal, in their declared order; empty for other types."""
         return _choices(self.type)
 
-    @property
-    def is_optional(self) -> bool:
-        """Whether null is a legal value."""
-        return _is_optional(msgspec_inspect.type_info(self.type))
-
 
 @functools.cache
 def section_types() -> dict[str, type[Section]]:

@@ -115,11 +115,15 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def forget(self, block: int) -> None:
-        """Withdraw a referenced block's content: nobody will find it any more."""
-        assert self._references[block] > 0, f"block {block} is not referenced"
-        if self._keys[block] is not None:
-            self._unpublish(block)
+    def forget(self, key: bytes) -> None:
+        """Withdraw published content, whoever holds it: nobody will find it any more. Unknown keys are no error."""
+        block = self._published.get(key)
+        if block is None:
+            return
+        self._unpublish(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
 
     def _unpublish(self, block: int) -> None:
         key = self._keys[block]

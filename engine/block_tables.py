@@ -105,11 +105,14 @@ class BlockTables:
         seq.num_published = full
 
     def release(self, seq: Sequence, *, trusted: bool = True) -> None:
-        """Take all blocks of a sequence back; they stay cached unless its content is not to be trusted."""
+        """Take all blocks of a sequence back. They stay cached unless its content is not to be trusted: then nobody
+        finds it any more, what fell out of a window included.
+        """
         for pool, table, first in zip(self.pools, seq.tables, seq.first_live, strict=True):
+            if not trusted:
+                for published in seq.keys[: seq.num_published]:
+                    pool.forget(published)
             for index in reversed(range(first, len(table))):
-                if not trusted:
-                    pool.forget(table[index])
                 key = seq.keys[index] if trusted and index < seq.num_published else None
                 pool.release(table[index], key)
         for key in seq.keys[seq.num_published :]:

@@ -51,6 +51,7 @@ class EngineCore:
         self._num_accepted = 0
         self._next_deadline = float("inf")
         self._engine_s = self._executor_s = 0.0
+        self._forward_s = self._wait_s = self._sample_s = 0.0
         self._started = self.clock.monotonic()
         self._num_finished = 0
         self._told_pool: BlockPool | None = None
@@ -172,6 +173,10 @@ class EngineCore:
         result = self.executor.result(handle, self.config.launcher.step_timeout_s)
         now = self.clock.monotonic()
         self._executor_s += now - asked
+        for timing in result.timings:
+            self._forward_s += timing.forward_s
+            self._wait_s += timing.wait_s
+            self._sample_s += timing.sample_s
         seconds, self._last_result = now - max(launched, self._last_result), now
         for delta in self.scheduler.update(result, seconds):
             if delta.finish_reason is not None:
@@ -255,6 +260,9 @@ class EngineCore:
             preemptions=scheduler.num_preemptions,
             engine_s=self._engine_s,
             executor_s=self._executor_s,
+            forward_s=self._forward_s,
+            wait_s=self._wait_s,
+            sample_s=self._sample_s,
         )
 
     def check_integrity(self) -> None:

@@ -151,7 +151,8 @@ class RowResult(Record, frozen=True):
 
 
 class RankTiming(Record, frozen=True):
-    """Seconds of one rank in one step: forward (model), collectives and transfers in it, sampling."""
+    """Seconds of one rank in one step: its layers, collectives included; before them, embedding the tokens or waiting
+    for the hidden states of the stage before; and after them, logits and sampling."""
 
     rank: int
     forward_s: float
@@ -197,7 +198,10 @@ class StatsQuery(Message, frozen=True, kw_only=True):
 
 
 class EngineStats(Message, frozen=True, kw_only=True):
-    """Counters and gauges of one replica's engine. Times in seconds, sums since start unless said otherwise."""
+    """Counters and gauges of one replica's engine. Times in seconds, sums since start unless said otherwise.
+
+    forward_s, wait_s, sample_s: of the rank that samples, as its RankTiming has them.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -213,6 +217,9 @@ class EngineStats(Message, frozen=True, kw_only=True):
     preemptions: int = 0
     engine_s: float = 0.0
     executor_s: float = 0.0
+    forward_s: float = 0.0
+    wait_s: float = 0.0
+    sample_s: float = 0.0
 
 
 class Failure(Message, frozen=True, kw_only=True):

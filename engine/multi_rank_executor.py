@@ -24,7 +24,7 @@ class MultiRankExecutor(Executor):
         self._links, self._sampling_rank = links, sampling_rank
         self._step_timeout_s, self._stop_timeout_s = step_timeout_s, stop_timeout_s
         self._results: deque[StepResult] = deque()
-        self._next_ping = 0.0
+        self._next_ping = self._next_look = 0.0
 
     def launch(self, plan: StepPlan) -> int:
         """Send the plan to every rank."""
@@ -45,10 +45,18 @@ class MultiRankExecutor(Executor):
             if not self._results:
                 self._links.check_hang(waiting=True)
         self._links.watch.step_done()
+        self._look_at_times()
         result = self._results.popleft()
         if result.step != handle:
             self._links.fail(f"answered step {result.step} when step {handle} was due", self._sampling_rank)
         return result
+
+    def _look_at_times(self) -> None:
+        """While results come one after the other: a rank that no result needs may be gone all the same."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_INTERVAL_S
+            self._links.check_hang(waiting=False)
 
     def _take(self, timeout_s: float) -> None:
         for rank, message in self._links.receive(timeout_s):

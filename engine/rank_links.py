@@ -18,7 +18,7 @@ import msgspec
 
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure, Stop
-from shoal.engine.rank_watch import RankWatch
+from shoal.engine.rank_watch import LOOK_INTERVAL_S, RankWatch
 from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
 HEARING_S = 1.0
@@ -143,8 +143,9 @@ class RankLinks:
             poller.register(self._selector.fileno(), select.POLLIN)
             for rank in unsent:
                 poller.register(self._channels[rank], select.POLLOUT)
-            poller.poll(left * 1000)
+            poller.poll(min(left, LOOK_INTERVAL_S) * 1000)
             self._early += self._listen(0.0)
+            self.check_hang(waiting=False)
             unsent = [rank for rank in unsent if not self._push(rank, b"")]
 
     def _push(self, rank: int, frame: bytes) -> bool:

@@ -18,6 +18,7 @@ from shoal.engine.batch_state import BatchState, SequenceState
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plan
 from shoal.engine.sampler import Sampler, logprobs_of
+from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
@@ -26,6 +27,8 @@ from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.ledger import MemoryReport
 from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, sampling_bytes
+from shoal.model.parameters import head_is_shared
+from shoal.model.prepare import num_bytes, prepare_weights
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.mesh import Mesh
@@ -70,7 +73,9 @@ class Worker:
                 weights = load_parameters(
                     checkpoint, family, self.spec, self.shard, self.dtype, self.device, on_progress
                 )
-        self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        library = native_library() if self.device.type == "cpu" else None
+        weights = prepare_weights(weights, library, head_is_shared=head_is_shared(self.spec, self.shard))
+        self.weights_bytes = sum(map(num_bytes, weights.values()))
         self.stage = Stage(
             self.spec,
             self.shard,

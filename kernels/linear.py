@@ -3,7 +3,8 @@ among them: bit for bit, so a request's tokens do not depend on its batch.
 
 Deterministic paths: on a CPU the C kernel (one order of sums per element); without it, and on GPUs, torch's product
 over blocks of a fixed number of rows (the last one padded), whose algorithm then is always the same. Otherwise the
-faster one of torch and the C kernel. Types: float32, bfloat16, float16, accumulated in float32.
+faster one of torch and the C kernel. Types: float32, bfloat16, float16, accumulated in float32. A prepared weight
+(kernels/weight.py) multiplies itself, in one order of sums always.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from shoal.kernels.build import NativeLibrary, native_library
 from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER, takes_native
+from shoal.kernels.weight import PreparedWeight, Weight
 
 _PROTOTYPE = (INT, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)
 BLOCK_ROWS = 16  # decode batches are small; more rows per block would be wasted on them
@@ -26,14 +28,15 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return y if bias is None else y + bias.double()
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool
-) -> torch.Tensor:
-    """x: [..., inner]; weight: [columns, inner]; bias: [columns] or None; one dtype and device. Returns [..., columns].
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *, deterministic: bool) -> torch.Tensor:
+    """x: [..., inner]; weight: [columns, inner], a tensor or prepared; bias: [columns] or None; one dtype and device.
+    Returns [..., columns].
 
     deterministic: see above. Raises ValueError when dtypes differ.
     """
     rows = x.shape[:-1].numel()
+    if isinstance(weight, PreparedWeight):
+        return weight.multiply(x.reshape(rows, x.shape[-1]), bias).view(*x.shape[:-1], weight.shape[0])
     if not (deterministic or (x.is_cpu and rows in FASTER_ROWS.get(x.dtype, ()))):
         return F.linear(x, weight, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):

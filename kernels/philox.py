@@ -4,13 +4,20 @@ The number of a token depends only on (seed; absolute output position, sample in
 batch, the vocabulary shard or the device. Four neighbouring token ids share one counter and take its four lanes.
 
     counter = (token_id // 4, position, sample_index, purpose)    key = (seed low, seed high)    lane = token_id % 4
+
+The noise is -log(-log u) of 32 bits u. torch's path computes it in float64; the C path (kernels/native/gumbel.c),
+seven times as fast, in float32 to about 1e-6, the same for a token alone and in a whole vocabulary.
 """
 
 import torch
 
+from shoal.kernels.build import NativeLibrary, native_library
+from shoal.kernels.native_types import INT, INT64, POINTER
+
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
+_PROTOTYPE = (POINTER, POINTER, POINTER, INT64, POINTER, INT64, INT64, INT64, POINTER, INT)
 
 PURPOSE_SAMPLE = 0
 """Gumbel noise of the token that is sampled; other purposes (speculation) take other values."""
@@ -55,6 +62,9 @@ def gumbel_noise(
 
     seeds_R, positions_R, sample_indices_R: [num_rows] int64 (seeds may use all 64 bits).
     """
+    library = native_library() if seeds_R.is_cpu else None
+    if library is not None:
+        return _native(library, (seeds_R, positions_R, sample_indices_R), None, vocab_start, vocab_stop, purpose)
     first, last = vocab_start // 4, (vocab_stop + 3) // 4
     quads = torch.arange(first, last, device=seeds_R.device).unsqueeze(0)
     bits = quad_bits(seeds_R, positions_R, sample_indices_R, quads, purpose).flatten(1)
@@ -72,8 +82,30 @@ def gumbel_noise_at(
 
     token_ids_RK: [num_rows, count] int64. For a few tokens of a large vocabulary this is far cheaper.
     """
+    library = native_library() if seeds_R.is_cpu else None
+    if library is not None:
+        counter = seeds_R, positions_R, sample_indices_R
+        return _native(library, counter, token_ids_RK.contiguous(), 0, token_ids_RK.shape[1], purpose)
     bits = quad_bits(seeds_R, positions_R, sample_indices_R, token_ids_RK >> 2, purpose)
     return to_gumbel(bits.gather(-1, (token_ids_RK & 3).unsqueeze(-1)).squeeze(-1))
+
+
+def _native(
+    library: NativeLibrary,
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ids: torch.Tensor | None,
+    start: int,
+    stop: int,
+    purpose: int,
+) -> torch.Tensor:
+    seeds, positions, samples = (numbers.contiguous() for numbers in counter)
+    assert seeds.dtype == positions.dtype == samples.dtype == torch.int64
+    out = torch.empty(len(seeds), stop - start)
+    library.function("shoal_gumbel", _PROTOTYPE)(
+        seeds.data_ptr(), positions.data_ptr(), samples.data_ptr(), len(seeds), None if ids is None else ids.data_ptr(),
+        start, stop - start, purpose, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def quad_bits(

@@ -48,6 +48,38 @@ class Parser(argparse.ArgumentParser):
         return []
 
 
+class Once(argparse.Action):
+    """Stores a flag's text and refuses the flag a second time: the first would be ignored."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value. Raises UsageError when there is one."""
+        _first_time(self, namespace)
+        setattr(namespace, self.dest, values)
+
+
+class _OnceBoolean(argparse.BooleanOptionalAction):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        _first_time(self, namespace)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _first_time(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    if getattr(namespace, action.dest, None) is not None:
+        raise UsageError(f"{'/'.join(action.option_strings)} is given twice; keep one of them")
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=_HELP_WIDTH)
@@ -62,7 +94,9 @@ def add_settings(
     among its sampling flags.
     """
     group = parser.add_argument_group("configuration", "See docs/configuration.md; `shoal explain` shows the result.")
-    group.add_argument("--config", metavar="PATH|NAME", help="A YAML file, or a shipped layout such as tp2_pp2.")
+    group.add_argument(
+        "--config", action=Once, metavar="PATH|NAME", help="A YAML file, or a shipped layout such as tp2_pp2."
+    )
     group.add_argument(
         "--set",
         dest="assignments",
@@ -129,10 +163,10 @@ def _add_group(
         text = _help(field, defaults.get(field.key))
         options: dict[str, Any] = {"dest": field.key, "default": argparse.SUPPRESS, "help": text}
         if isinstance(field.info, msgspec_inspect.BoolType):
-            options["action"] = argparse.BooleanOptionalAction
+            options["action"] = _OnceBoolean
         else:
             options["metavar"] = _metavar(field)
-            options["action"] = "append" if field.key in _REPEATED else "store"
+            options["action"] = "append" if field.key in _REPEATED else Once
         group.add_argument(*field.flags, **options)
 
 

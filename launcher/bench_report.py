@@ -20,7 +20,11 @@ PERCENTILES = (50, 90, 99)
 
 
 class BenchReport(msgspec.Struct, kw_only=True):
-    """Everything a run says. Times in milliseconds by percentile ("p50": ...)."""
+    """Everything a run says. Times in milliseconds by percentile ("p50": ...).
+
+    rank_us_per_step: of the rank that samples, its layers ("forward"), what it waits for before them ("wait"), logits
+    and sampling ("sample").
+    """
 
     kind: str
     model: str
@@ -37,6 +41,7 @@ class BenchReport(msgspec.Struct, kw_only=True):
     tpot_ms: dict[str, float]
     itl_ms: dict[str, float]
     engine_us_per_step: float
+    rank_us_per_step: dict[str, float]
     steps: int
     weights_bytes: int
     limits: MachineLimits
@@ -82,8 +87,11 @@ def make_report(
         for trace in traces
         if len(trace.token_times) > 1
     ]
-    steps = sum(stats.steps for stats in after) - sum(stats.steps for stats in before)
-    engine_s = sum(stats.engine_s for stats in after) - sum(stats.engine_s for stats in before)
+
+    def spent(name: str) -> float:
+        return sum(getattr(stats, name) for stats in after) - sum(getattr(stats, name) for stats in before)
+
+    steps = int(spent("steps"))
     decode_s = sum(trace.token_times[-1] - trace.token_times[0] for trace in traces if trace.token_times)
     alone = kind == "latency" and decode_s > 0
     return BenchReport(
@@ -98,7 +106,8 @@ def make_report(
         ttft_ms=summary_ms([trace.token_times[0] - trace.sent for trace in traces if trace.token_times]),
         tpot_ms=summary_ms(tpot),
         itl_ms=summary_ms(gaps),
-        engine_us_per_step=1e6 * engine_s / max(1, steps),
+        engine_us_per_step=1e6 * spent("engine_s") / max(1, steps),
+        rank_us_per_step={part: 1e6 * spent(f"{part}_s") / max(1, steps) for part in ("forward", "wait", "sample")},
         steps=steps,
         weights_bytes=weights_bytes,
         limits=limits,
@@ -120,6 +129,7 @@ def report_rows(report: BenchReport) -> list[tuple[str, str]]:
         ("requests", f"{report.num_requests}: {report.prompt_tokens} prompt, {report.output_tokens} output tokens"),
         ("throughput", f"{report.output_tokens_per_s:.1f} output tokens/s, {report.total_tokens_per_s:.1f} in all"),
         *times,
+        ("last stage", ", ".join(f"{part} {us:.0f}" for part, us in report.rank_us_per_step.items()) + " us per step"),
         ("engine", f"{report.engine_us_per_step:.0f} us per step outside the model, {report.steps} steps"),
         ("bandwidth", f"{share} {report.limits.read_bytes_per_s / 1e9:.1f} GB/s measured in this run".strip()),
         ("GEMM", f"{report.gemm_share:.1%} of {report.limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s measured in this run"),
@@ -127,11 +137,9 @@ def report_rows(report: BenchReport) -> list[tuple[str, str]]:
 
 
 def plot_report(report: BenchReport, traces: Sequence[Trace], path: Path) -> None:
-    """Distribution of TTFT and ITL as a picture. Needs matplotlib; raises ValueError without it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'shoal[plot]'") from None
+    """Distribution of TTFT and ITL as a picture. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = sorted(1e3 * (trace.token_times[0] - trace.sent) for trace in traces if trace.token_times)

@@ -6,10 +6,12 @@ left running.
 """
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 
 from shoal.configs.resolved import ResolvedConfig
+from shoal.configs.schema import RuntimeConfig
 from shoal.launcher.kinds import choose_launcher
 from shoal.launcher.replica import Progress
 from shoal.launcher.started import StartedEngine
@@ -28,6 +30,8 @@ async def start_engine(
     fails; cancelling it, or any failure, ends what was started.
     """
     config = resolved.config
+    if config.runtime.log_level != RuntimeConfig().log_level:  # only when asked for: it is the caller's process
+        logging.getLogger("shoal").setLevel(config.runtime.log_level.upper())
     if model_dir is None:
         raise ValueError("model.path is not set: give a folder with config.json, a Hugging Face hub id, or demo")
     spec, family = await asyncio.to_thread(load_spec, model_dir)

@@ -6,6 +6,7 @@ is imported before a command is chosen and its settings are known to be right.
 
 import argparse
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -71,6 +72,7 @@ def _run(arguments: list[str]) -> int:
             return 0
         args, resolved = _parse(command, arguments[1:])
         debug = resolved.config.runtime.log_level == "debug"
+        _show_logs(resolved.config.runtime.log_level.upper())
         if command.starts_engine and is_follower(resolved.config, os.environ):
             return _follow(resolved)
         status: int = importlib.import_module(command.module).run(args, resolved)
@@ -99,6 +101,13 @@ def _run(arguments: list[str]) -> int:
         hint = "" if is_users or debug else "--log-level debug prints the traceback."
         show_failure("cannot be used" if is_users else "failed", describe(error), hint)
         return EXIT_USAGE if is_users else EXIT_FAILED
+
+
+def _show_logs(level: str) -> None:
+    """Reports of this level on standard error: this program's, those of ranks included, not other libraries'."""
+    logging.getLogger("shoal").setLevel(level)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(level)
 
 
 def _follow(resolved: ResolvedConfig) -> int:

@@ -7,6 +7,7 @@ multiplied, warm the engine up with one request, and ignore end tokens, so that 
 
 import argparse
 import asyncio
+import importlib.util
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     """Run the benchmark and print its table; write JSON and picture where asked. Returns 0."""
     import torch
 
+    _check_outputs(args.json, args.plot)
     config = resolved.config
     model = msgspec.structs.replace(config.model, skip_tokenizer_init=True)
     resolved = ResolvedConfig(config=msgspec.structs.replace(config, model=model), sources=resolved.sources)
@@ -37,6 +39,15 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     if args.plot:
         plot_report(report, traces, Path(args.plot))
     return 0
+
+
+def _check_outputs(json: str | None, plot: str | None) -> None:
+    """Raise ValueError for what could not be written at the end of a long run."""
+    for flag, name in (("--json", json), ("--plot", plot)):
+        if name is not None and not Path(name).absolute().parent.is_dir():
+            raise ValueError(f"{flag} {name}: the folder {Path(name).parent} does not exist; make it first")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'shoal[plot]'")
 
 
 async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: int) -> tuple[BenchReport, list[Trace]]:

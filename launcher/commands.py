@@ -9,6 +9,7 @@ settings are known to be right:
 import argparse
 from collections.abc import Mapping
 
+from shoal.launcher.arguments import Once
 from shoal.launcher.cluster_commands import CLUSTER_COMMANDS
 from shoal.launcher.command import Command, count
 
@@ -39,12 +40,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
     parser.add_argument(
         "--prompts",
+        action=Once,
         metavar="FILE",
         help="Prompts from a file: one a line, or JSON objects in a .jsonl file (prompt, prompt_token_ids or messages, "
         "and sampling parameters); - reads standard input.",
     )
     parser.add_argument(
         "--output",
+        action=Once,
         metavar="FILE",
         help="Write JSON Lines (id, prompt, text, token_ids, finish_reason, usage) to a file.",
     )

@@ -31,7 +31,7 @@ from shoal.launcher.replica_messages import (
 )
 from shoal.parallel.control import Channel, ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
-from shoal.parallel.control_connect import Listener
+from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener
 
 ACCEPT_SLICE_S = 0.2
 START_SLACK_S = 5.0
@@ -142,7 +142,12 @@ class EngineReplica(ReplicaHandle):
         while time.monotonic() < deadline:
             try:
                 channel: Channel[FromEngine] = await asyncio.to_thread(
-                    self._listener.accept, self.bootstrap.key, FROM_ENGINE, "the engine", ACCEPT_SLICE_S
+                    self._listener.accept,
+                    self.bootstrap.key,
+                    FROM_ENGINE,
+                    "the engine",
+                    ACCEPT_SLICE_S,
+                    HANDSHAKE_TIMEOUT_S,  # on a busy host the engine may be slow to prove itself
                 )
             except ControlTimeout:
                 if (how := self.how_ended()) is not None:

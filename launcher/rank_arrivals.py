@@ -10,7 +10,7 @@ from shoal.engine.rank_links import Supervisor, first_cause
 from shoal.engine.rank_messages import FROM_RANK, FromRank, Hello, LogLine, RankFailure
 from shoal.launcher.bootstrap import versions
 from shoal.parallel.control import Channel, ControlError
-from shoal.parallel.control_connect import Listener
+from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener
 
 ACCEPT_TIMEOUT_S = 1.0
 LAST_WORDS_S = 1.0
@@ -69,7 +69,7 @@ class RankArrivals:
     def _accept(self) -> None:
         """Let one in. Strangers are turned away by the listener; that is no error of the start."""
         try:
-            channel = self._listener.accept(self._key, FROM_RANK, "a rank", ACCEPT_TIMEOUT_S)
+            channel = self._listener.accept(self._key, FROM_RANK, "a rank", ACCEPT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S)
         except ControlError:
             return
         self._unnamed.add(channel)

@@ -6,6 +6,7 @@ with the feed-forward where both branches read the same input).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class AttentionMixer:
         self,
         spec: Attention,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,

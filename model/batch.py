@@ -3,9 +3,11 @@
 T tokens of R rows (requests), G cache groups; int64 positions and tokens, int32 tables.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from shoal.kernels.fused import NativeStep, make_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,14 @@ class GroupTables:
 
     block_table_RB: torch.Tensor
     slot_mapping_T: torch.Tensor
+    _native: list[NativeStep] = field(default_factory=list, repr=False)  # made when first asked for
+
+    def native_step(self, batch: "BatchInput", block_size: int) -> NativeStep:
+        """This group's part of the batch for the fused operations; the batch must live as long."""
+        if not self._native:
+            step = make_step(self.block_table_RB, batch.cu_seqlens_q, batch.seq_lens, self.slot_mapping_T, block_size)
+            self._native.append(step)
+        return self._native[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,15 @@ Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
+from shoal.model.fused import fuse_feed_forward, fuse_mixer
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import make_norm
 from shoal.model.parameters import head_is_shared
@@ -33,12 +36,12 @@ class DecoderLayer:
         self,
         spec: Layer,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,
     ) -> None:
-        self.group, self.parallel = group, spec.residual == "parallel"
+        self.group, self.residual = group, spec.residual
         self.mixer = AttentionMixer(spec.mixer, shard, scoped(params, "mixer."), group, deterministic=deterministic)
         ffn = scoped(params, "ffn.")
         self.ffn = make_feed_forward(spec.ffn, shard, ffn, group, deterministic=deterministic)
@@ -46,6 +49,8 @@ class DecoderLayer:
             make_norm(getattr(spec, name), params, name)
             for name in ("pre_mixer_norm", "post_mixer_norm", "pre_ffn_norm", "post_ffn_norm")
         )
+        self.fused_mixer = fuse_mixer(self.pre_mixer, self.mixer)
+        self.fused_ffn = fuse_feed_forward(self.pre_ffn, self.ffn)
 
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
@@ -55,27 +60,50 @@ class DecoderLayer:
                 out_TH += bias_H
         return out_TH
 
+    def mix(
+        self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
+    ) -> torch.Tensor:
+        """This rank's part of the normed input's attention."""
+        if self.fused_mixer is not None:
+            step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
+            return self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
+        return self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
+
+    def feed(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the feed-forward of the normed input."""
+        if self.fused_ffn is not None:
+            return self.fused_ffn(x_TH)
+        return self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+
     def __call__(
         self, x_TH: torch.Tensor, cos_sin_TR: torch.Tensor | None, batch: BatchInput, cache: LayerCache
     ) -> torch.Tensor:
         """The layer's output, [T, H]; x is not changed."""
-        mixed_TH = self.mixer.partial(self.pre_mixer(x_TH) if self.pre_mixer else x_TH, cos_sin_TR, batch, cache)
-        if self.parallel:
+        mixed_TH = self.mix(x_TH, cos_sin_TR, batch, cache)
+        if self.residual == "parallel":
             return self.parallel_branches(x_TH, mixed_TH)
         mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
+        if self.residual == "normed":
+            return self.normed_sums(x_TH, mixed_TH)
         if self.post_mixer:
             mixed_TH = self.post_mixer(mixed_TH)
         x_TH = mixed_TH.add_(x_TH)
-        out_TH = self.reduced(self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH), self.ffn.out_bias)
+        out_TH = self.reduced(self.feed(x_TH), self.ffn.out_bias)
         if self.post_ffn:
             out_TH = self.post_ffn(out_TH)
         return out_TH.add_(x_TH)
+
+    def normed_sums(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
+        """The normed residual form, from the mixer's whole output on."""
+        assert self.post_mixer and self.post_ffn, "a normed residual has both norms"
+        x_TH = self.post_mixer(mixed_TH.add_(x_TH))
+        return self.post_ffn(self.reduced(self.feed(x_TH), self.ffn.out_bias).add_(x_TH))
 
     def parallel_branches(self, x_TH: torch.Tensor, mixed_TH: torch.Tensor) -> torch.Tensor:
         """The parallel residual form: both branches' parts are summed over ranks in one all-reduce, unless norms
         follow.
         """
-        out_TH = self.ffn.partial(self.pre_ffn(x_TH) if self.pre_ffn else x_TH)
+        out_TH = self.feed(x_TH)
         if self.post_mixer or self.post_ffn:
             mixed_TH = self.reduced(mixed_TH, self.mixer.out_bias)
             out_TH = self.reduced(out_TH, self.ffn.out_bias)
@@ -99,7 +127,7 @@ class Stage:
         self,
         spec: DecoderSpec,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         tensor: Communicator,
         *,
         deterministic: bool = False,
@@ -115,7 +143,8 @@ class Stage:
             for index in range(shard.first_layer, shard.last_layer)
         }
         some = next(iter(params.values()))
-        self.dtype = some.dtype
+        self.dtype, self.deterministic = some.dtype, deterministic
+        self.embed_in, self.embed_out = params.get("embed_in.weight"), params.get("embed_out.weight")
         self._make_tables(max_model_len or spec.max_position, some.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
@@ -145,6 +174,8 @@ class Stage:
         hidden_TH = self.embedding(batch.token_ids_T)
         if self.embed_scale is not None:
             hidden_TH *= self.embed_scale
+        if self.embed_in is not None:
+            hidden_TH = linear(hidden_TH, self.embed_in, deterministic=self.deterministic)
         if self.positions is not None:
             assert self.spec.learned_positions is not None
             hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
@@ -170,6 +201,8 @@ class Stage:
         group.
         """
         normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
+        if self.embed_out is not None:
+            normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
         logits_RV = self.head(normed_RH)
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)

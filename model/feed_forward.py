@@ -5,13 +5,14 @@ partial sum over ranks; the decoder reduces it and adds the bias of the output, 
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from shoal.kernels.activation import activation, gated_activation, sigmoid
 from shoal.kernels.linear import linear
 from shoal.kernels.moe_routing import moe_routing
+from shoal.model.prepare import Params
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DenseFfn, Ffn, GatedFfn, MoeFfn
 from shoal.parallel.communicator import Communicator
@@ -31,9 +32,7 @@ class FeedForward(Protocol):
 class DenseFeedForward:
     """down(act(up(x)))."""
 
-    def __init__(
-        self, spec: DenseFfn, params: Mapping[str, torch.Tensor], group: Communicator, *, deterministic: bool
-    ) -> None:
+    def __init__(self, spec: DenseFfn, params: Mapping[str, Any], group: Communicator, *, deterministic: bool) -> None:
         self.kind = spec.activation
         self.up = ColumnLinear(params["up.weight"], params.get("up.bias"), deterministic=deterministic)
         self.down = RowLinear(params["down.weight"], params.get("down.bias"), group, deterministic=deterministic)
@@ -47,9 +46,7 @@ class DenseFeedForward:
 class GatedFeedForward:
     """down(act(gate(x)) * up(x)), gate and up in one product."""
 
-    def __init__(
-        self, spec: GatedFfn, params: Mapping[str, torch.Tensor], group: Communicator, *, deterministic: bool
-    ) -> None:
+    def __init__(self, spec: GatedFfn, params: Mapping[str, Any], group: Communicator, *, deterministic: bool) -> None:
         self.kind = spec.activation
         self.gate_up = ColumnLinear(params["gate_up.weight"], params.get("gate_up.bias"), deterministic=deterministic)
         self.down = RowLinear(params["down.weight"], params.get("down.bias"), group, deterministic=deterministic)
@@ -69,7 +66,7 @@ class MoeFeedForward:
         self,
         spec: MoeFfn,
         shard: ModelShard,
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Any],
         group: Communicator,
         *,
         deterministic: bool,
@@ -103,13 +100,13 @@ class MoeFeedForward:
         return out_TH
 
 
-def scoped(params: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def scoped(params: Mapping[str, Any], prefix: str) -> Params:
     """The parameters whose names start with prefix, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in params.items() if name.startswith(prefix)}
 
 
 def make_feed_forward(
-    spec: Ffn, shard: ModelShard, params: Mapping[str, torch.Tensor], group: Communicator, *, deterministic: bool
+    spec: Ffn, shard: ModelShard, params: Mapping[str, Any], group: Communicator, *, deterministic: bool
 ) -> FeedForward:
     """The feed-forward of one layer. params: its tensors, named as in model/parameters.py without the layer's
     prefix.

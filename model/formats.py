@@ -16,18 +16,39 @@ QUANTISED = {
     "compressed-tensors": "compressed-tensors",
     "mxfp4": "MXFP4",
 }
+OLD_SETTINGS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+"""Files in which first releases of these tools say what config.json says today."""
+INSTEAD = (
+    "which Shoal does not run: use the model's unquantised checkpoint (float32, bfloat16 or float16 safetensors), or "
+    "dequantise this one and save it with save_pretrained"
+)
 
 
 def refuse_quantised(config: dict[str, Any], where: str) -> None:
     """Raise ValueError when the weights are quantised, by the method's name and with what to do instead."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
-        method = str(settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings)
         raise ValueError(
-            f"{where}: the checkpoint is quantised with {QUANTISED.get(method.lower(), method)} "
-            "(quantization_config.quant_method), which Shoal does not run: use the model's unquantised checkpoint "
-            "(float32, bfloat16 or float16 safetensors), or dequantise this one and save it with save_pretrained"
+            f"{where}: the checkpoint is quantised with {quantisation_method(settings)} (quantization_config), "
+            f"{INSTEAD}"
         )
+
+
+def quantisation_method(settings: Any) -> str:
+    """What a quantization_config names, or shows without naming it (first releases of bitsandbytes)."""
+    if not isinstance(settings, dict):
+        return str(settings)
+    method = settings.get("quant_method")
+    if method is None:
+        return "bitsandbytes" if any(name.startswith("load_in_") for name in settings) else "an unnamed method"
+    return QUANTISED.get(str(method).lower(), str(method))
+
+
+def refuse_old_quantised(folder: Path) -> None:
+    """Raise ValueError for a folder that says beside config.json that its weights are quantised."""
+    for name, method in OLD_SETTINGS.items():
+        if (folder / name).is_file():
+            raise ValueError(f"{folder / name}: the checkpoint is quantised with {method}, {INSTEAD}")
 
 
 def refuse_other_formats(folder: Path) -> None:

@@ -170,10 +170,12 @@ class CachePlanner:
             )
         for budget in self.budgets:
             per_block, allowed = sum(budget.report.block_bytes), self.allowed(budget)
+            if max(self.needs) * per_block > allowed:
+                raise self.too_long()
             if count * per_block > allowed:
                 raise ValueError(
                     f"cache.num_blocks = {count} needs {size(count * per_block)} on rank {budget.report.rank}, "
-                    f"{size(allowed)} are left: lower cache.num_blocks to {max(allowed, 0) // per_block}"
+                    f"{size(allowed)} are left: lower cache.num_blocks to {allowed // per_block}"
                     + self.more_memory(budget, count * per_block)
                 )
         return [count] * len(self.needs)
@@ -204,15 +206,16 @@ class CachePlanner:
         worst = max(self.budgets, key=lambda budget: cost(budget.report, self.needs) - self.allowed(budget))
         need, left = cost(worst.report, self.needs), self.allowed(worst)
         fits = self.largest(lambda needs: all(cost(b.report, needs) <= self.allowed(b) for b in self.budgets))
-        shorter = f"lower model.max_model_len to {fits}" if fits else "not even one block fits"
+        fixes = [f"lower model.max_model_len to {fits}"] if fits else []
         if self.config.cache.memory is not None:
-            more = f", or raise cache.memory to {need}"
+            fixes.append(f"raise cache.memory to {need}")
         else:
-            spread = self.spread().removesuffix(", ")
-            more = (f", or {spread}" if spread else "") + self.more_memory(worst, need)
+            fixes += [self.spread().removesuffix(", "), self.more_memory(worst, need).removeprefix(", or ")]
+        if not any(fixes):
+            fixes = ["lower scheduler.max_num_batched_tokens"]
         return ValueError(
             f"model.max_model_len = {self.max_model_len} needs {size(need)} of KV cache on rank {worst.report.rank}, "
-            f"{size(left)} are left: {shorter}{more}"
+            f"{size(left)} are left{'' if fits else ', not even one block'}: {', or '.join(filter(None, fixes))}"
         )
 
     def largest(self, fits: Callable[[list[int]], bool]) -> int:

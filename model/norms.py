@@ -1,6 +1,7 @@
 """Norms of a decoder as callables: the spec's Norm with its tensors. Replicated on every rank, no collective."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class NormLayer:
         return x.copy_(self(x))
 
 
-def make_norm(norm: Norm | None, params: Mapping[str, torch.Tensor], name: str) -> NormLayer | None:
+def make_norm(norm: Norm | None, params: Mapping[str, Any], name: str) -> NormLayer | None:
     """The norm whose tensors are params[name.weight] and, when it has one, params[name.bias]; None when there is
     none.
     """

@@ -2,6 +2,8 @@
 
 Logical parameters are the unsharded, canonical tensors ([out, in] weights) that families map to checkpoint tensors:
     embed.weight [V, H]   positions.weight [P, H]   final_norm.{weight,bias} [H]   head.{weight [V, H], bias [V]}
+    with embeddings of another size E than H: embed.weight, head.weight [V, E]   embed_in.weight [H, E]
+    embed_out.weight [E, H]
     layers.I.{pre_mixer,post_mixer,pre_ffn,post_ffn}_norm.{weight,bias} [H]
     layers.I.mixer.{q,k,v,o}.{weight,bias}   layers.I.mixer.{q_norm,k_norm}.{weight,bias}
     layers.I.mixer.sinks [num_heads]
@@ -156,17 +158,21 @@ def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
     """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a
     tensor of its own."""
-    vocab, hidden = shard.vocab(spec.vocab_size), spec.hidden_size
+    vocab, hidden, embed = shard.vocab(spec.vocab_size), spec.hidden_size, spec.embed_size or spec.hidden_size
     if shard.has_embedding:
-        yield stacked("embed.weight", [("embed.weight", vocab)], hidden)
+        yield stacked("embed.weight", [("embed.weight", vocab)], embed)
+        if spec.embed_size is not None:
+            yield whole("embed_in.weight", hidden, embed)
         if spec.learned_positions is not None:
             yield whole("positions.weight", spec.learned_positions.num_positions, hidden)
     for index in range(shard.first_layer, shard.last_layer):
         yield from layer_parameters(index, spec.layers[index], hidden, shard)
     if shard.has_head:
         yield from norm_parameters("final_norm", spec.final_norm, hidden)
+        if spec.embed_size is not None:
+            yield whole("embed_out.weight", embed, hidden)
         if not head_is_shared(spec, shard):
             source = "embed.weight" if spec.tie_embeddings else "head.weight"
-            yield stacked("head.weight", [(source, vocab)], hidden)
+            yield stacked("head.weight", [(source, vocab)], embed)
         if spec.head_bias:
             yield stacked("head.bias", [("head.bias", vocab)], None)

@@ -5,6 +5,7 @@ Shapes: T tokens; Q query heads, K key heads, D head_dim, local to the rank.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import torch
@@ -57,7 +58,7 @@ class AcrossHeadsNorm:
 def make_qk_norm(
     spec: Attention,
     shard: ModelShard,
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Any],
     group: Communicator,
     *,
     deterministic: bool,

@@ -79,7 +79,9 @@ def layer_costs(spec: DecoderSpec) -> tuple[list[float], float, float]:
         mixer = layer.mixer
         attention = 2 * (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim * spec.hidden_size
         costs.append(float(attention + ffn_parameters(layer.ffn, spec.hidden_size)))
-    return costs, float(spec.hidden_size), float(spec.vocab_size * spec.hidden_size)
+    hidden, embed = spec.hidden_size, spec.embed_size or spec.hidden_size
+    projection = hidden * embed if spec.embed_size is not None else 0
+    return costs, float(embed + projection), float(spec.vocab_size * embed + projection)
 
 
 def stage_ranges(spec: DecoderSpec, stages: int, by_hand: Sequence[int] | None = None) -> list[Range]:

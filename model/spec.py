@@ -142,7 +142,7 @@ Ffn = DenseFfn | GatedFfn | MoeFfn
 
 class Layer(Spec, frozen=True, kw_only=True):
     """One block. sequential: x += post_mixer(mixer(pre_mixer(x))); x += post_ffn(ffn(pre_ffn(x))). parallel: both
-    branches read the same x.
+    branches read the same x. normed: the sums are normalised, x = post_mixer(x + mixer(x)); x = post_ffn(x + ffn(x)).
 
     A norm that is None is not there.
     """
@@ -153,7 +153,7 @@ class Layer(Spec, frozen=True, kw_only=True):
     post_mixer_norm: Norm | None = None
     pre_ffn_norm: Norm | None
     post_ffn_norm: Norm | None = None
-    residual: Literal["sequential", "parallel"] = "sequential"
+    residual: Literal["sequential", "parallel", "normed"] = "sequential"
 
 
 class LearnedPositions(Spec, frozen=True, kw_only=True):
@@ -164,8 +164,9 @@ class LearnedPositions(Spec, frozen=True, kw_only=True):
 
 
 class DecoderSpec(Spec, frozen=True, kw_only=True):
-    """A whole decoder. embed_scale multiplies the embeddings (Gemma); final_softcap caps the logits; max_position is
-    the checkpoint's context length; dtype what its config declares."""
+    """A whole decoder. embed_scale multiplies the embeddings (Gemma); embed_size: of embeddings that a matrix brings to
+    hidden_size and another one back before the head (OPT-350m); final_softcap caps the logits; max_position is the
+    checkpoint's context length; dtype what its config declares."""
 
     family: str
     vocab_size: int
@@ -176,6 +177,7 @@ class DecoderSpec(Spec, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16", "float16"]
     tie_embeddings: bool
     embed_scale: float | None = None
+    embed_size: int | None = None
     learned_positions: LearnedPositions | None = None
     head_bias: bool = False
     final_softcap: float | None = None

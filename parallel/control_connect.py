@@ -80,9 +80,17 @@ class Listener:
         return self._socket.fileno()
 
     def accept(
-        self, key: bytes, decoder: "msgspec.msgpack.Decoder[Received]", peer: str, timeout_s: float
+        self,
+        key: bytes,
+        decoder: "msgspec.msgpack.Decoder[Received]",
+        peer: str,
+        timeout_s: float,
+        handshake_s: float | None = None,
     ) -> Channel[Received]:
-        """The next peer that proves it holds the key; others are turned away and counted. Raises ControlTimeout."""
+        """The next peer that proves it holds the key; others are turned away and counted. Raises ControlTimeout.
+
+        timeout_s: for all of it; with handshake_s, until somebody connects, who has that long to prove it then.
+        """
         deadline = time.monotonic() + timeout_s
         refused: list[str] = []
         poller = select.poll()
@@ -97,7 +105,8 @@ class Listener:
             try:
                 _check_user(sock)
                 _prepare(sock)
-                _answer(sock, key, peer, min(HANDSHAKE_TIMEOUT_S, max(0.0, deadline - time.monotonic())))
+                left = max(0.0, deadline - time.monotonic())
+                _answer(sock, key, peer, min(HANDSHAKE_TIMEOUT_S, left) if handshake_s is None else handshake_s)
                 return Channel(sock, decoder, peer)
             except (ControlError, OSError) as error:
                 sock.close()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.kernels.linear import linear
+from shoal.kernels.weight import Weight, embedding_rows
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.sharding import Range
 
@@ -16,17 +17,17 @@ class VocabEmbedding:
     zero. Layout in: ids whole on every rank; out: whole on every rank.
     """
 
-    def __init__(self, weight: torch.Tensor, vocab: Range, group: Communicator) -> None:
+    def __init__(self, weight: Weight, vocab: Range, group: Communicator) -> None:
         assert weight.shape[0] == vocab[1] - vocab[0], (weight.shape, vocab)
         self.weight, self.vocab, self.group = weight, vocab, group
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: any shape, integers within the vocabulary. Returns [*ids.shape, hidden_size], a new tensor."""
         if self.group.size == 1:
-            return torch.nn.functional.embedding(ids, self.weight)
+            return embedding_rows(self.weight, ids)
         start, stop = self.vocab
         elsewhere = (ids < start) | (ids >= stop)
-        rows = torch.nn.functional.embedding((ids - start).masked_fill_(elsewhere, 0), self.weight)
+        rows = embedding_rows(self.weight, (ids - start).masked_fill_(elsewhere, 0))
         return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))
 
 
@@ -40,7 +41,7 @@ class VocabHead:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: Weight,
         bias: torch.Tensor | None,
         ranges: Sequence[Range],
         group: Communicator,

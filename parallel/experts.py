@@ -5,10 +5,13 @@ slice of the columns of every expert, or every rank holds some experts whole. Sh
 local experts, H hidden size, F local columns of an expert, M tokens of one expert.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from shoal.kernels.activation import gated_activation
 from shoal.kernels.linear import linear
+from shoal.kernels.weight import Weight
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.sharding import Range
 
@@ -16,16 +19,17 @@ from shoal.parallel.sharding import Range
 class Experts:
     """Gated experts: down(act(gate(x)) * up(x)), weighted and summed over a token's experts.
 
-    gate_up: [E, 2 F, H], gate's columns before up's; down: [E, H, F]; expert_range: the experts held; activation: a
-    key of kernels.activation.KINDS. A token's experts are summed in rising order of their number, in float32,
-    so a token's result does not depend on the others when deterministic. Layout in: x and the routing whole on every
-    rank; `partial` out: this rank's part of the sum; calling adds the all-reduce over the group.
+    gate_up: [E, 2 F, H], gate's columns before up's; down: [E, H, F]; or a weight per expert, tensors or prepared;
+    expert_range: the experts held; activation: a key of kernels.activation.KINDS. A token's experts are summed in
+    rising order of their number, in float32, so a token's result does not depend on the others when deterministic.
+    Layout in: x and the routing whole on every rank; `partial` out: this rank's part of the sum; calling adds the
+    all-reduce over the group.
     """
 
     def __init__(
         self,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | Sequence[Weight],
+        down: torch.Tensor | Sequence[Weight],
         expert_range: Range,
         activation: str,
         group: Communicator,
@@ -33,8 +37,7 @@ class Experts:
         deterministic: bool,
     ) -> None:
         count = expert_range[1] - expert_range[0]
-        assert gate_up.shape[0] == down.shape[0] == count, (gate_up.shape, down.shape, expert_range)
-        assert gate_up.shape[1] == 2 * down.shape[2], (gate_up.shape, down.shape)
+        assert len(gate_up) == len(down) == count, (len(gate_up), len(down), expert_range)
         self.gate_up, self.down, self.expert_range = gate_up, down, expert_range
         self.activation, self.group, self.deterministic = activation, group, deterministic
 

@@ -1,11 +1,12 @@
 """Sharded linears, as in Megatron-LM (arXiv:1909.08053): columns first, rows second, one all-reduce for both.
 
-Weights are a rank's own slice, made elsewhere; slices may be of different sizes.
+Weights are a rank's own slice, made elsewhere, tensors or prepared; slices may be of different sizes.
 """
 
 import torch
 
 from shoal.kernels.linear import linear
+from shoal.kernels.weight import Weight
 from shoal.parallel.communicator import Communicator
 
 
@@ -16,7 +17,7 @@ class ColumnLinear:
     sharded.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, deterministic: bool) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None, *, deterministic: bool) -> None:
         self.weight, self.bias, self.deterministic = weight, bias, deterministic
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,9 +32,7 @@ class RowLinear:
     x's last dimension sharded; out: y whole on every rank.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, group: Communicator, *, deterministic: bool
-    ) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Communicator, *, deterministic: bool) -> None:
         self.weight, self.bias, self.group, self.deterministic = weight, bias, group, deterministic
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:

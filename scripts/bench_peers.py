@@ -3,12 +3,15 @@ limits.
 
     python scripts/bench_peers.py --model demo                    # Shoal and transformers on the demo
     python scripts/bench_peers.py --shape 200m --dtype bfloat16 --rounds 5 --json out.json --plot out.png
-    python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-bench BIN --gguf FILE
+    python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-cpp FOLDER --gguf-python PYTHON
 
 Engines: shoal, transformers (static left-padded batches), transformers-cb (continuous batching with explicit sizes);
-vLLM when the interpreter given as --vllm-python has it; llama.cpp when its llama-bench binary and the same model as
-GGUF are given (it makes its own random ids; speed does not depend on them). Each engine is a process of its own that
-stays loaded; in every round each of them runs the workload once, in turn, and the medians are compared. Workloads:
+vLLM when the interpreter given as --vllm-python has it; llama.cpp when the folder of its programs is given and an
+interpreter with the gguf package (see peer_llama_cpp.py). Each engine is a process of its own that stays loaded and is
+warmed up with two short requests; in every round each of them runs the workload once, in turn, and the medians are
+compared. On a machine that others use as well, tokens per second of processor time say more than those per second: both
+are printed and written, the former from the engine's own process (not for llama.cpp, whose programs do not tell loading
+from running). Workloads:
 
     decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
     batch    32 requests, 64 to 256 in, 32 to 96 out
@@ -35,12 +38,18 @@ import torch
 from shoal.configs.model_path import resolve_model_path
 from shoal.launcher.machine import MachineLimits, measure_limits
 
+sys.path.insert(0, str(Path(__file__).parent))
+from peer_llama_cpp import LlamaCpp
+
 SHAPES = {  # hidden size, layers, query heads, key/value heads, feed-forward, vocabulary
     "tiny": (256, 4, 8, 4, 704, 4096),
     "200m": (1024, 12, 16, 8, 2816, 32000),
     "1b": (2048, 16, 32, 8, 8192, 32000),
+    "moe": (1024, 8, 16, 4, 384, 32000),
 }
+EXPERTS, EXPERTS_PER_TOKEN = 32, 4  # of the shape "moe", whose feed-forward is one expert's
 REPLY_TIMEOUT_S = 1800.0
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process: its time can be read
 ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
 
 
@@ -56,7 +65,7 @@ class Engine:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[write_fd],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **VLLM},
             text=True,
         )
         os.close(write_fd)
@@ -94,22 +103,28 @@ class Engine:
 
 
 def make_model(shape: str, folder: Path, dtype: str) -> Path:
-    """A random Llama of the shape, saved as a Hugging Face checkpoint. Needs transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random Llama (or Qwen3-MoE) of the shape, saved as a Hugging Face checkpoint. Needs transformers."""
+    import transformers
 
     torch.manual_seed(0)
     hidden, layers, heads, kv_heads, ffn, vocab = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    if shape == "moe":
+        experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "moe_intermediate_size": ffn}
+        net = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts))
+    else:
+        net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    net.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 
@@ -130,38 +145,35 @@ def workloads(config: dict[str, Any], seed: int) -> dict[str, list[dict[str, Any
     }
 
 
-def llama_cpp(binary: str, gguf: str, threads: int, requests: list[dict[str, Any]], name: str) -> float | None:
-    """Tokens per second of llama-bench for the workloads it can express (decode, prompt)."""
-    sizes = {"decode": ["-p", "0", "-n", "128"], "prompt": ["-p", str(len(requests[0]["ids"])), "-n", "0"]}
-    if name not in sizes:
-        return None
-    command = [binary, "-m", gguf, "-t", str(threads), "-r", "1", "-o", "json", *sizes[name]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=REPLY_TIMEOUT_S, check=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
+Rates = dict[str, dict[str, list[float]]]  # workload -> engine -> tokens per second of every round
 
 
-def measure(args: argparse.Namespace, model: Path, engines: list[Engine]) -> dict[str, dict[str, list[float]]]:
-    """workload -> engine -> tokens per second of every round (prompt tokens for `prompt`, output tokens otherwise)."""
+def measure(
+    args: argparse.Namespace, model: Path, engines: list[Engine], llama: LlamaCpp | None
+) -> tuple[Rates, Rates]:
+    """Prompt tokens per second for `prompt`, output tokens otherwise; the same per second of processor time."""
     config = json.loads((model / "config.json").read_text())
-    found: dict[str, dict[str, list[float]]] = {}
+    found: Rates = {}
+    by_processor: Rates = {}
     for name, requests in workloads(config, args.seed).items():
         if args.workloads and name not in args.workloads:
             continue
-        rates = found[name] = {}
-        for index in range(args.rounds + 1):  # the first round warms up
+        rates, cpu_rates = found.setdefault(name, {}), by_processor.setdefault(name, {})
+        for engine in engines:
+            engine.run([{**r, "ids": r["ids"][::-1], "max_tokens": min(r["max_tokens"], 2)} for r in requests[:2]])
+        for _ in range(args.rounds):
             for engine in engines:
                 answer = engine.run(requests)
                 tokens = sum(len(r["ids"]) for r in requests) if name == "prompt" else answer["output_tokens"]
-                if index:
-                    rates.setdefault(engine.name, []).append(tokens / answer["elapsed_s"])
-            if index and args.llama_bench:
-                rate = llama_cpp(args.llama_bench, args.gguf, args.threads, requests, name)
-                if rate is not None:
-                    rates.setdefault("llama.cpp", []).append(rate)
-        medians = {engine: statistics.median(values) for engine, values in rates.items()}
-        line = "  ".join(f"{engine} {rate:.1f}" for engine, rate in medians.items())
-        print(f"{name:8} tokens/s: {line}", flush=True)
-    return found
+                rates.setdefault(engine.name, []).append(tokens / answer["elapsed_s"])
+                cpu_rates.setdefault(engine.name, []).append(tokens / answer["cpu_s"])
+            rate = None if llama is None else llama.rate(name, requests)
+            if rate is not None:
+                rates.setdefault(LlamaCpp.name, []).append(rate)
+        for what, which in (("second", rates), ("processor second", cpu_rates)):
+            line = "  ".join(f"{engine} {statistics.median(values):.1f}" for engine, values in which.items())
+            print(f"{name:8} tokens per {what}: {line}", flush=True)
+    return found, by_processor
 
 
 def limit_of(workload: str, weights: int, itemsize: int, limits: MachineLimits) -> float | None:
@@ -221,15 +233,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vllm-python", help="an interpreter that has vLLM")
-    parser.add_argument("--llama-bench", help="llama.cpp's llama-bench binary; needs --gguf")
-    parser.add_argument("--gguf", help="the same model for llama.cpp")
+    parser.add_argument("--llama-cpp", help="the folder of llama.cpp's llama-bench and llama-batched-bench")
+    parser.add_argument("--gguf-python", default=sys.executable, help="an interpreter that has the gguf package")
     parser.add_argument("--json", help="write every round's numbers here")
     parser.add_argument("--plot", help="write a picture here")
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         parser.error("give either --model or --shape")
-    if (args.llama_bench is None) != (args.gguf is None):
-        parser.error("--llama-bench and --gguf belong together")
     return args
 
 
@@ -241,7 +251,14 @@ def touched_weights(model: Path) -> int:
             header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
         names |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     untied = "lm_head.weight" in names
-    return sum(size for name, size in names.items() if not (untied and name.endswith("embed_tokens.weight")))
+    routed = EXPERTS_PER_TOKEN / EXPERTS
+    return round(
+        sum(
+            size * (routed if ".experts." in name else 1.0)
+            for name, size in names.items()
+            if not (untied and name.endswith("embed_tokens.weight"))
+        )
+    )
 
 
 def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
@@ -263,20 +280,24 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
 
 def compare(args: argparse.Namespace, model: Path, limits: MachineLimits) -> None:
     """Run the comparison on a checkpoint; print the table, write JSON and picture."""
-    engines = start_engines(args, model)
+    engines, llama = start_engines(args, model), None
     try:
-        found = measure(args, model, engines)
+        if args.llama_cpp:
+            llama = LlamaCpp(args.llama_cpp, model, args.gguf_python, args.threads)
+        found, by_processor = measure(args, model, engines, llama)
     finally:
-        for engine in engines:
+        for engine in [*engines, *([llama] if llama else [])]:
             engine.close()
     itemsize = 4 if args.dtype == "float32" else 2
     bounds = {name: limit_of(name, touched_weights(model), itemsize, limits) for name in found}
     title = f"{args.model or args.shape}, {args.dtype}, {args.threads} threads"
     print(f"\n{title}; limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s, {limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s\n")
     print(table(found, bounds))
+    print("\nper second of processor time:\n\n" + table(by_processor, {}))
     if args.json:
         ready = {engine.name: engine.ready_s for engine in engines}
         payload = {"title": title, "limits": msgspec.to_builtins(limits), "ready_s": ready, "tokens_per_s": found}
+        payload["tokens_per_processor_s"] = by_processor
         Path(args.json).write_text(json.dumps(payload, indent=1) + "\n")
     if args.plot:
         plot(found, bounds, args.plot, title)

@@ -106,7 +106,7 @@ def summary(arrivals: list[Request], fleet: Fleet) -> dict[str, Any]:
         "hit_rate": round(sum(done.cached_tokens for done in fleet.requests.values()) / prompts, 4),
         "ttft_ms": {f"p{p}": round(1e3 * percentile(ttft, p), 1) for p in (50, 90, 99)},
         "imbalance": round(statistics.mean(ratios), 2),
-        "ttft_s": sorted(round(value, 5) for value in ttft),
+        "ttft_ms_by_percent": [round(1e3 * percentile(ttft, p), 1) for p in range(101)],
     }
 
 
@@ -147,8 +147,13 @@ async def measure(name: str, model: str, arrivals: list[Request], speed: float) 
         "hit_rate": round(sum(cached for _, cached in done.values()) / prompts, 4),
         "ttft_ms": {f"p{p}": round(1e3 * percentile(ttft, p), 1) for p in (50, 90, 99)},
         "imbalance": round(statistics.mean(ratios), 2) if ratios else None,
-        "ttft_s": sorted(round(value, 5) for value in ttft),
+        "ttft_ms_by_percent": [round(1e3 * percentile(ttft, p), 1) for p in range(101)],
     }
+
+
+def shown(found: dict[str, Any]) -> dict[str, Any]:
+    """What a line of output holds."""
+    return {name: value for name, value in found.items() if name != "ttft_ms_by_percent"}
 
 
 def plot(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
@@ -162,9 +167,7 @@ def plot(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         left.bar(names, [100 * policies[name]["hit_rate"] for name in names], color="tab:blue")
         left.set(ylabel="prompt tokens from a cache (%)", title=title)
         for name in names:
-            values = policies[name]["ttft_s"]
-            shares = [(index + 1) / len(values) for index in range(len(values))]
-            middle.plot([1e3 * value for value in values], shares, label=name)
+            middle.plot(policies[name]["ttft_ms_by_percent"], [percent / 100 for percent in range(101)], label=name)
         middle.set(xscale="log", xlabel="TTFT (ms)", ylabel="share of requests")
         middle.grid(alpha=0.3)
         middle.legend()
@@ -185,32 +188,42 @@ def main() -> None:
     parser.add_argument("--real-conversations", type=int, default=40)
     parser.add_argument("--real-seconds", type=float, default=40.0, help="over which their turns arrive")
     parser.add_argument("--out", type=Path, default=OUT / "routing")
+    parser.add_argument("--only", choices=("virtual", "real"), help="the other part is taken from the last report")
     args = parser.parse_args()
+    report = args.out.with_suffix(".json")
+    results = json.loads(report.read_text())["results"] if args.only else {}
+    if args.only != "real":
+        results["virtual"] = run_virtual(args)
+    if args.real:
+        results["real"] = run_real(args)
+    titles = {"virtual": f"{args.replicas} replicas, virtual time", "real": "2 replicas of one rank, real time"}
+    plot({titles[kind]: results[kind] for kind in titles if kind in results}, args.out.with_suffix(".png"))
+    record = {"seed": args.seed, "commit": commit_of(ROOT), "load_factor": args.load_factor, "results": results}
+    report.write_text(json.dumps(record) + "\n")
+
+
+def run_virtual(args: argparse.Namespace) -> dict[str, Any]:
+    """Every policy at `replicas` in virtual time."""
     systems = max(4, args.conversations // 50)
     shape = workload(args.seed, args.conversations, 1.0, 1.0, VOCABULARY, systems)
     tokens = statistics.mean(len(request.prompt_token_ids) for request in shape)
     rate = args.utilisation * args.replicas / (tokens * LATENCY.token_s)
     arrivals = workload(args.seed, args.conversations, rate, 1.0, VOCABULARY, systems)
-    virtual = {}
+    found = {}
     for name in POLICIES:
-        virtual[name] = simulate(name, arrivals, args.replicas, args.load_factor)
-        print(
-            f"{args.replicas} virtual, {name}:", {k: v for k, v in virtual[name].items() if k != "ttft_s"}, flush=True
-        )
-    results = {f"{args.replicas} replicas, virtual time": virtual}
-    if args.real:
-        real = {}
-        few = workload(args.seed, args.real_conversations, 1.0, 0.25, 500, args.real_conversations // 2)
-        for name in POLICIES:
-            real[name] = asyncio.run(measure(name, args.real, few, few[-1].arrival / args.real_seconds))
-            print(f"2 real, {name}:", {k: v for k, v in real[name].items() if k != "ttft_s"}, flush=True)
-        results["2 replicas of the demo model, real time"] = real
-    plot(results, args.out.with_suffix(".png"))
-    record = {"seed": args.seed, "commit": commit_of(ROOT), "load_factor": args.load_factor, "rate_per_s": rate}
-    for policies in results.values():
-        for found in policies.values():
-            found.pop("ttft_s")
-    args.out.with_suffix(".json").write_text(json.dumps({**record, "results": results}, indent=1) + "\n")
+        found[name] = simulate(name, arrivals, args.replicas, args.load_factor)
+        print(f"{args.replicas} virtual, {name}:", shown(found[name]), flush=True)
+    return found
+
+
+def run_real(args: argparse.Namespace) -> dict[str, Any]:
+    """Every policy on two replicas of one rank."""
+    few = workload(args.seed, args.real_conversations, 1.0, 0.25, 500, args.real_conversations // 2)
+    found = {}
+    for name in POLICIES:
+        found[name] = asyncio.run(measure(name, args.real, few, few[-1].arrival / args.real_seconds))
+        print(f"2 real, {name}:", shown(found[name]), flush=True)
+    return found
 
 
 if __name__ == "__main__":

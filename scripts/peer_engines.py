@@ -2,7 +2,8 @@
 bench_peers.py.
 
 Reads one workload per line from stdin, {"requests": [{"ids": [...], "max_tokens": n}, ...]}, runs it greedily with end
-tokens ignored, and answers on the file descriptor given as --reply-fd with {"elapsed_s": ..., "output_tokens": ...}.
+tokens ignored, and answers on the file descriptor given as --reply-fd with {"elapsed_s": ..., "cpu_s": ...,
+"output_tokens": ...}, cpu_s being the processor time of all threads of this process.
 The first line it writes is {"ready_s": ...}: seconds from start to ready.
 """
 
@@ -22,7 +23,13 @@ def shoal_engine(model: str, dtype: str) -> Run:
     """Shoal through its public API."""
     from shoal import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, skip_tokenizer_init=True, enable_prefix_caching=True)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        threads=int(os.environ["OMP_NUM_THREADS"]),
+    )
 
     def run(requests: Requests) -> int:
         salt = str(time.perf_counter_ns())  # prefixes are shared within a workload, not between rounds
@@ -143,9 +150,13 @@ def main() -> None:
         print(json.dumps({"ready_s": time.perf_counter() - start}), file=reply, flush=True)
         for line in sys.stdin:
             requests = json.loads(line)["requests"]
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             tokens = run(requests)
-            answer = {"elapsed_s": time.perf_counter() - start, "output_tokens": tokens}
+            answer = {
+                "elapsed_s": time.perf_counter() - start,
+                "cpu_s": time.process_time() - cpu_start,
+                "output_tokens": tokens,
+            }
             print(json.dumps(answer), file=reply, flush=True)
 
 

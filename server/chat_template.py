@@ -141,6 +141,8 @@ class ChatTemplates:
             raise ChatTemplateError(f"the chat template of {self._source} refuses the conversation: {error}") from error
         except RecursionError as error:
             raise ChatTemplateError(f"the chat template of {self._source} recurses too deep") from error
+        except MemoryError as error:
+            raise ChatTemplateError(f"the chat template of {self._source} took all memory") from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
             raise ChatTemplateError(
                 f"the chat template of {self._source} fails on this conversation: {type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ engine then.
 import asyncio
 import itertools
 import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -73,6 +74,7 @@ class FrontEnd:
         self.default_sampling = check_sampling(default_sampling or SamplingParams())
         self._seeds = random.Random(seed)
         self._numbers = itertools.count()
+        self._own = f"request-{secrets.token_hex(4)}"  # ids nobody chooses, also beside other front ends of an engine
         self._active: dict[str, list[str]] = {}
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
@@ -105,7 +107,7 @@ class FrontEnd:
         params = check_sampling(sampling or self.default_sampling, self.vocab_size, self.max_model_len)
         ready = read_prompt(prompt, self.tokenizer, self.vocab_size, self.max_model_len, special_tokens=special_tokens)
         if request_id is None:
-            request_id = f"request-{next(self._numbers)}"
+            request_id = f"{self._own}-{next(self._numbers)}"
         check_options(request_id, priority, deadline_s)
         arrival = time.time()
         part = Request(
@@ -157,9 +159,11 @@ class FrontEnd:
                 yield output
 
     async def run(
-        self, prepared: PreparedRequest, output_kind: OutputKind = "cumulative"
+        self, prepared: PreparedRequest, output_kind: OutputKind = "cumulative", *, patient: bool = False
     ) -> AsyncGenerator[RequestOutput]:
-        """Submit a prepared request and stream its outputs. Raises as `generate` does."""
+        """Submit a prepared request and stream its outputs. patient: each of its outputs waits by itself while the
+        engine's queue is full, so that one of more outputs than the queue holds runs too. Raises as `generate` does.
+        """
         if prepared.request_id in self._active:
             raise ValueError(f"request_id {prepared.request_id!r} is running already; ids of running requests differ")
         sequences = [
@@ -169,9 +173,9 @@ class FrontEnd:
         self._active[prepared.request_id] = [part.request_id for part in prepared.parts]
         try:
             if len(sequences) == 1:
-                updates = self._follow(prepared.parts[0], sequences[0])
+                updates = self._follow(prepared.parts[0], sequences[0], patient)
             else:
-                updates = self._follow_all(prepared.parts, sequences)
+                updates = self._follow_all(prepared.parts, sequences, patient)
             reported = -1
             async with aclosing(updates):
                 async for _ in updates:
@@ -186,14 +190,10 @@ class FrontEnd:
 
     async def complete(self, prepared: PreparedRequest) -> RequestOutput:
         """Run a prepared request to its end, waiting while the engine's queue is full."""
-        while True:
-            try:
-                async with aclosing(self.run(prepared, "final")) as outputs:
-                    async for output in outputs:
-                        return output
-                raise AssertionError("a request ends with an output or an error")
-            except QueueFull as full:
-                await asyncio.sleep(full.retry_after_s)
+        async with aclosing(self.run(prepared, "final", patient=True)) as outputs:
+            async for output in outputs:
+                return output
+        raise AssertionError("a request ends with an output or an error")
 
     async def abort(self, request_id: str) -> None:
         """End a request: its stream gets a last output with finish_reason "abort". Unknown or finished ids are no
@@ -201,30 +201,39 @@ class FrontEnd:
         """
         await self.client.abort(self._active.get(request_id, []))
 
-    async def _follow(self, part: Request, sequence: SequenceOutput) -> AsyncGenerator[None]:
+    async def _follow(self, part: Request, sequence: SequenceOutput, patient: bool) -> AsyncGenerator[None]:
         """Apply the deltas of one engine request, yielding after each; ends it at the engine when it ends here or is
         closed.
         """
-        stream = self.client.submit(part)
-        try:
-            async for delta in stream:
-                if sequence.apply(delta):
-                    await self.client.abort([part.request_id])
-                yield
-                if sequence.finished:
-                    return
-            raise EngineError(f"request {part.request_id}: the engine's stream ended without a finish reason")
-        finally:
-            close = getattr(stream, "aclose", None)
-            if close is not None:
-                await close()
+        accepted = False
+        while not accepted:
+            stream = self.client.submit(part)
+            try:
+                async for delta in stream:
+                    accepted = True
+                    if sequence.apply(delta):
+                        await self.client.abort([part.request_id])
+                    yield
+                    if sequence.finished:
+                        return
+                raise EngineError(f"request {part.request_id}: the engine's stream ended without a finish reason")
+            except QueueFull as full:  # comes before the first delta, if it comes
+                if not patient:
+                    raise
+                await asyncio.sleep(full.retry_after_s)
+            finally:
+                close = getattr(stream, "aclose", None)
+                if close is not None:
+                    await close()
 
-    async def _follow_all(self, parts: list[Request], sequences: list[SequenceOutput]) -> AsyncGenerator[None]:
+    async def _follow_all(
+        self, parts: list[Request], sequences: list[SequenceOutput], patient: bool
+    ) -> AsyncGenerator[None]:
         """The same for the n outputs of a request, at once."""
         changed = asyncio.Event()
 
         async def follow(part: Request, sequence: SequenceOutput) -> None:
-            async with aclosing(self._follow(part, sequence)) as updates:
+            async with aclosing(self._follow(part, sequence, patient)) as updates:
                 async for _ in updates:
                     changed.set()
 

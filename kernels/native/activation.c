@@ -1,4 +1,5 @@
 /* out = act(x), or act(gate) * up for gate and up side by side, computed in float32 and rounded once. */
+#include "rows.h"
 #include "vector.h"
 
 enum { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
@@ -32,15 +33,17 @@ INLINE void activate_typed(int type, int kind, const char *gate, const char *up,
     else activate_row(type, GELU_TANH, gate, up, out, size);
 }
 
+void activation_row(int type, int kind, int gated, const void *x, void *out, int64_t size) {
+    const char *gate = x, *up = gated ? gate + size * element_size(type) : 0;
+    if (type == F32) activate_typed(F32, kind, gate, up, out, size);
+    else if (type == BF16) activate_typed(BF16, kind, gate, up, out, size);
+    else activate_typed(F16, kind, gate, up, out, size);
+}
+
 /* x [rows, size], or with gated [rows, 2 * size], rows `stride` elements apart; out [rows, size] contiguous. */
 void shoal_activation(int type, int kind, int gated, const void *x, int64_t stride, void *out, int64_t rows, int64_t size) {
     const int64_t step = element_size(type);
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * size > 16384)
-    for (int64_t row = 0; row < rows; row++) {
-        const char *gate = (const char *)x + row * stride * step, *up = gated ? gate + size * step : 0;
-        char *to = (char *)out + row * size * step;
-        if (type == F32) activate_typed(F32, kind, gate, up, to, size);
-        else if (type == BF16) activate_typed(BF16, kind, gate, up, to, size);
-        else activate_typed(F16, kind, gate, up, to, size);
-    }
+    for (int64_t row = 0; row < rows; row++)
+        activation_row(type, kind, gated, (const char *)x + row * stride * step, (char *)out + row * size * step, size);
 }

@@ -1,94 +1,108 @@
 /* Paged attention on the CPU: ragged rows of queries against keys and values in blocks, online softmax (arXiv:2205.14135).
  *
  * One work item is a run of queries of one row with all query heads of one key/value head, so that a key is read once for the group. Keys
- * are taken in tiles of 64 anchored at position 0, tile by tile in rising order, and every (query, head) has its own arithmetic in an order
- * that its position alone decides: not the batch, the chunk, the blocks' size or the number of threads. Only the keys a query sees are read.
+ * are taken in tiles of 64 anchored at position 0, tile by tile in rising order. A tile of keys is turned on its side, so that a vector holds
+ * one dimension of 16 keys: scores and outputs are products with one number of a query (or a weight) broadcast, without sums over lanes.
+ * Every (query, head) has its own arithmetic in an order that its position alone decides: not the batch, the chunk, the blocks' size or the
+ * number of threads. Only the keys a query sees are read.
  */
+#include "attention.h"
+
 #include <stdlib.h>
 
 #include "vector.h"
 
 #define TILE 64
 #define VECTORS (TILE / LANES)
-#define ITEM_ROWS 32 /* (query, head) pairs of a work item: a tile of keys stays in the second-level cache for them */
+#define ITEM_ROWS 64 /* (query, head) pairs of a work item: enough to pay for turning a tile, little enough for the second-level cache */
 #ifdef __AVX512F__
-#define MAX_ROWS 4 /* accumulators: 4 rows x 4 keys of 32 registers */
+#define MAX_ROWS 6 /* sums of 6 rows by 4 vectors, of 32 registers */
 #else
-#define MAX_ROWS 2 /* 2 rows x 4 keys of 16 registers */
+#define MAX_ROWS 2 /* sums of 2 rows by 4 vectors, of 16 registers */
 #endif
 
+/* What a thread works with. Of the item: query vectors [pairs][width], outputs, running maximum and sum; of the tile: where keys and values
+ * lie, keys on their side [width][TILE], values [TILE][width] where they are widened, scores [pairs][TILE]. width: head_dim in whole
+ * vectors. */
 typedef struct {
-    const char *q, *k_cache, *v_cache;
-    char *out;
-    const int32_t *block_table, *cu_seqlens_q, *seq_lens, *head_list, *head_start;
-    const float *sinks;
-    int64_t q_stride, table_stride, num_heads, num_kv_heads, head_dim, block_size, window;
-    float scale, softcap;
-} Attention;
-
-/* A work item's rows: query vectors, output accumulators, running maximum and sum of each. width: head_dim in whole vectors. */
-typedef struct {
-    float *q, *o, *largest, *total;
+    float *q, *o, *largest, *total, *turned, *widened, *scores;
     int64_t width;
     const char *keys[TILE], *values[TILE];
 } Scratch;
 
-/* The first or the second pair of every four lanes of a and b, alternating; and the pairs of both put together. */
-#if LANES == 16
-#define FIRST_OF(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define SECOND_OF(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define FIRST_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define SECOND_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#else
-#define FIRST_OF(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define SECOND_OF(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define FIRST_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define SECOND_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#endif
+#define EXCHANGE(S, FIRST, SECOND)                        \
+    for (int i = 0; i < LANES; i++)                       \
+        if (!(i & S)) {                                   \
+            vf a = rows[i], b = rows[i + S];              \
+            rows[i] = FIRST, rows[i + S] = SECOND;        \
+        }
 
-/* The sums of four vectors, in the order of one tree. */
-INLINE void sum_four(vf a, vf b, vf c, vf d, float *out) {
-    vf ab = FIRST_OF(a, b) + SECOND_OF(a, b), cd = FIRST_OF(c, d) + SECOND_OF(c, d);
-    vf all = FIRST_PAIRS(ab, cd) + SECOND_PAIRS(ab, cd);
+/* Rows become columns: blocks of 1, 2, 4 (and 8) lanes beside the diagonal change places. */
+INLINE void transpose(vf rows[LANES]) {
 #if LANES == 16
-    all += UPPER(all);
+    EXCHANGE(1, SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    EXCHANGE(2, SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    EXCHANGE(4, SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    EXCHANGE(8, SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#else
+    EXCHANGE(1, SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14), SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15))
+    EXCHANGE(2, SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13), SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
+    EXCHANGE(4, SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11), SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
 #endif
-    all += SECOND_FOUR(all);
-    for (int i = 0; i < 4; i++) out[i] = all[i];
 }
 
-/* scores[r][j] = q_r . key_j for j in [first, stop), four keys at a time; the last key stands in for those beyond. */
-INLINE void score_rows(const Attention *a, const Scratch *s, int type, int rows, int64_t row, int first, int stop, float scores[][TILE]) {
-    const int64_t whole = a->head_dim / LANES, part = a->head_dim % LANES, step = LANES * element_size(type);
-    for (int j = first; j < stop; j += 4) {
-        const char *key[4], *next[4];
-        for (int i = 0; i < 4; i++) {
-            key[i] = s->keys[j + i < stop ? j + i : stop - 1];
-            next[i] = s->keys[j + i + 4 < stop ? j + i + 4 : stop - 1];
-        }
-        vf sums[MAX_ROWS][4] = {0};
-        for (int64_t c = 0; c < whole; c++) {
-            vf k[4];
-            for (int i = 0; i < 4; i++) k[i] = load(key[i] + c * step, type), __builtin_prefetch(next[i] + c * step);
-            for (int r = 0; r < rows; r++) {
-                vf q = *(const vf *)(s->q + (row + r) * s->width + c * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(q, k[i], sums[r][i]);
+/* Keys [first, stop) of the tile on their side, zeros for the others of their vectors. Later keys and the values are called for meanwhile.
+ * Whole vectors of bfloat16 are turned as pairs of dimensions. */
+INLINE void turn_keys(const Attention *a, const Scratch *s, int type, int first, int stop) {
+    const int64_t size = element_size(type), dim = a->head_dim;
+    const int pairs = type == BF16 && dim % (2 * LANES) == 0;
+    for (int group = first / LANES * LANES; group < stop; group += LANES)
+        for (int64_t d = 0; d < s->width; d += pairs ? 2 * LANES : LANES) {
+            vf rows[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const int j = group + i, there = j >= first && j < stop;
+                const char *key = there ? s->keys[j] + d * size : 0;
+                rows[i] = !there ? splat(0.0f) : pairs ? load(key, F32) : dim - d >= LANES ? load(key, type) : load_part(key, type, dim - d);
+                if (there) __builtin_prefetch(s->values[j] + d * size);
+                if (j + LANES < stop && j + LANES >= first) __builtin_prefetch(s->keys[j + LANES] + d * size);
+            }
+            transpose(rows);
+            float *out = s->turned + d * TILE + group;
+            for (int i = 0; i < LANES; i++) {
+                if (pairs) *(vf *)(out + 2 * i * TILE) = (vf)((vu)rows[i] << 16), *(vf *)(out + (2 * i + 1) * TILE) = (vf)((vu)rows[i] & 0xffff0000u);
+                else *(vf *)(out + i * TILE) = rows[i];
             }
         }
-        if (part) {
-            vf k[4];
-            for (int i = 0; i < 4; i++) k[i] = load_part(key[i] + whole * step, type, part);
-            for (int r = 0; r < rows; r++) {
-                vf q = *(const vf *)(s->q + (row + r) * s->width + whole * LANES);
-                for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(q, k[i], sums[r][i]);
-            }
-        }
+}
+
+/* Values [first, stop) of the tile in float32; s->values then point there. */
+INLINE void widen_values(const Attention *a, Scratch *s, int type, int first, int stop) {
+    const int64_t size = element_size(type), dim = a->head_dim;
+    for (int j = first; j < stop; j++) {
+        float *out = s->widened + j * s->width;
+        for (int64_t d = 0; d < dim; d += LANES)
+            *(vf *)(out + d) = dim - d >= LANES ? load(s->values[j] + d * size, type) : load_part(s->values[j] + d * size, type, dim - d);
+        s->values[j] = (const char *)out;
+    }
+}
+
+/* scores[row + r][j] = q . key_j of four vectors of keys from number `from` on; dimensions in rising order. */
+INLINE void score_rows(const Attention *a, const Scratch *s, int64_t row, int64_t from, int rows) {
+    vf sums[MAX_ROWS][4] = {0};
+    for (int64_t d = 0; d < a->head_dim; d++) {
+        vf k[4];
+        for (int i = 0; i < 4; i++) k[i] = *(const vf *)(s->turned + d * TILE + (from + i) * LANES);
         for (int r = 0; r < rows; r++) {
-            float four[4];
-            sum_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3], four);
-            for (int i = 0; i < 4 && j + i < stop; i++) scores[r][j + i] = four[i];
+            vf q = splat(s->q[(row + r) * s->width + d]);
+            for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(q, k[i], sums[r][i]);
         }
     }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++) *(vf *)(s->scores + (row + r) * TILE + (from + i) * LANES) = sums[r][i];
 }
 
 /* Scores to weights in place, for one row; the running maximum and sum are brought up to date. Returns what older sums are multiplied by.
@@ -121,22 +135,19 @@ static __attribute__((noinline)) float weigh_row(const Attention *a, const Scrat
 }
 
 /* o_r = o_r * factor_r + sum_j weights[r][j] value_j over `count` vectors of the head from vector c on; keys in rising order. */
-INLINE void add_values(const Scratch *s, int type, int rows, int64_t row, int first, int stop, float weights[][TILE], const float *factor,
-                       int64_t c, int count, int64_t part) {
+INLINE void add_values(const Scratch *s, int type, int rows, int64_t row, int first, int stop, const float *factor, int64_t c, int count,
+                       int64_t part) {
     const int64_t size = element_size(type);
     vf sums[MAX_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < count; i++)
             sums[r][i] = *(const vf *)(s->o + (row + r) * s->width + (c + i) * LANES) * splat(factor[r]);
     for (int j = first; j < stop; j++) {
-        const char *value = s->values[j] + c * LANES * size, *next = s->values[j + 4 < stop ? j + 4 : j] + c * LANES * size;
+        const char *value = s->values[j] + c * LANES * size;
         vf v[4];
-        for (int i = 0; i < count; i++) {
-            v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
-            __builtin_prefetch(next + i * LANES * size);
-        }
+        for (int i = 0; i < count; i++) v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
         for (int r = 0; r < rows; r++) {
-            vf weight = splat(weights[r][j]);
+            vf weight = splat(s->scores[(row + r) * TILE + j]);
             for (int i = 0; i < count; i++) sums[r][i] = multiply_add(weight, v[i], sums[r][i]);
         }
     }
@@ -144,18 +155,33 @@ INLINE void add_values(const Scratch *s, int type, int rows, int64_t row, int fi
         for (int i = 0; i < count; i++) *(vf *)(s->o + (row + r) * s->width + (c + i) * LANES) = sums[r][i];
 }
 
-/* One tile for rows that see the same keys of it. */
-INLINE void attend_rows(const Attention *a, const Scratch *s, int type, int rows, int64_t row, int first, int stop) {
-    float scores[MAX_ROWS][TILE] __attribute__((aligned(64)));
+/* Scores to outputs, for rows that see the same keys of the tile. */
+INLINE void attend_rows(const Attention *a, const Scratch *s, int type, int64_t row, int first, int stop, int rows) {
     float factor[MAX_ROWS];
-    score_rows(a, s, type, rows, row, first, stop, scores);
-    for (int r = 0; r < rows; r++) factor[r] = weigh_row(a, s, row + r, first, stop, scores[r]);
+    for (int r = 0; r < rows; r++) factor[r] = weigh_row(a, s, row + r, first, stop, s->scores + (row + r) * TILE);
     const int64_t whole = a->head_dim / LANES, part = a->head_dim % LANES;
     int64_t c = 0;
-    for (; c + 4 <= whole; c += 4) add_values(s, type, rows, row, first, stop, scores, factor, c, 4, 0);
-    for (; c < whole; c++) add_values(s, type, rows, row, first, stop, scores, factor, c, 1, 0);
-    if (part) add_values(s, type, rows, row, first, stop, scores, factor, c, 1, part);
+    for (; c + 4 <= whole; c += 4) add_values(s, type, rows, row, first, stop, factor, c, 4, 0);
+    for (; c < whole; c++) add_values(s, type, rows, row, first, stop, factor, c, 1, 0);
+    if (part) add_values(s, type, rows, row, first, stop, factor, c, 1, part);
 }
+
+/* Calls F with a constant number of rows. */
+#if MAX_ROWS == 6
+#define WITH_ROWS(ROWS, F)       \
+    switch (ROWS) {              \
+    case 1: F(1); break;         \
+    case 2: F(2); break;         \
+    case 3: F(3); break;         \
+    case 4: F(4); break;         \
+    case 5: F(5); break;         \
+    default: F(6);               \
+    }
+#else
+#define WITH_ROWS(ROWS, F) \
+    if (ROWS == 1) F(1);   \
+    else F(2);
+#endif
 
 /* Where the keys [first, stop) of a sequence lie, for one key/value head; entry i belongs to position base + i. */
 INLINE void find_keys(const Attention *a, Scratch *s, int type, const int32_t *blocks, int64_t kv, int64_t base, int64_t first, int64_t stop) {
@@ -188,28 +214,32 @@ INLINE void start_item(const Attention *a, Scratch *s, int type, const Item *t) 
     }
 }
 
-/* One tile of keys, from position base on, for all pairs; those that see the same part of it go together. */
-INLINE void attend_tile(const Attention *a, const Scratch *s, int type, const Item *t, int64_t window, int64_t base) {
-    for (int64_t m = 0; m < t->count;) {
-        int first = 0, stop = 0, rows = 0;
-        for (; rows < MAX_ROWS && m + rows < t->count; rows++) {
+/* One tile of keys, positions base + [first, stop), for all pairs: scores of all together, the rest by those that see the same part of it. */
+INLINE void attend_tile(const Attention *a, Scratch *s, int type, const Item *t, int64_t window, int64_t base, int first, int stop) {
+    turn_keys(a, s, type, first, stop);
+    for (int64_t m = 0, rows; m < t->count; m += rows) {
+        rows = t->count - m < MAX_ROWS ? t->count - m : MAX_ROWS;
+        for (int from = 0; from < VECTORS; from += 4) {
+#define SCORE(ROWS) score_rows(a, s, m, from, ROWS)
+            if (first < (from + 4) * LANES && from * LANES < stop) WITH_ROWS(rows, SCORE)
+        }
+    }
+    const int widened = type != F32 && t->count > MAX_ROWS;
+    if (widened) widen_values(a, s, type, first, stop);
+    for (int64_t m = 0, rows; m < t->count; m += rows) {
+        int begin = 0, end = 0;
+        for (rows = 0; rows < MAX_ROWS && m + rows < t->count; rows++) {
             int64_t position = t->first + (m + rows) / t->group + t->to_position;
             int64_t lowest = position - window + 1 - base, highest = position + 1 - base;
             int from = lowest > 0 ? (lowest < TILE ? (int)lowest : TILE) : 0, to = highest < TILE ? (int)highest : TILE;
-            if (rows && (from != first || to != stop)) break;
-            first = from, stop = to;
+            if (rows && (from != begin || to != end)) break;
+            begin = from, end = to;
         }
-        if (stop <= first) { /* none of this tile is seen */
-            m += rows;
-            continue;
-        }
-#if MAX_ROWS == 4
-        if (rows == 4) attend_rows(a, s, type, 4, m, first, stop);
-        else
-#endif
-            if (rows >= 2) rows = 2, attend_rows(a, s, type, 2, m, first, stop);
-        else rows = 1, attend_rows(a, s, type, 1, m, first, stop);
-        m += rows;
+        if (end <= begin) continue; /* none of this tile is seen */
+#define ATTEND(ROWS) attend_rows(a, s, type, m, begin, end, ROWS)
+#define ATTEND_WIDE(ROWS) attend_rows(a, s, F32, m, begin, end, ROWS)
+        if (widened) WITH_ROWS(rows, ATTEND_WIDE)
+        else WITH_ROWS(rows, ATTEND)
     }
 }
 
@@ -241,8 +271,9 @@ INLINE void attend_item(const Attention *a, Scratch *s, int type, int64_t row, i
     const int64_t oldest = first + t.to_position - window + 1 > 0 ? first + t.to_position - window + 1 : 0;
     start_item(a, s, type, &t);
     for (int64_t base = oldest / TILE * TILE; base < end; base += TILE) {
-        find_keys(a, s, type, blocks, kv, base, oldest > base ? oldest : base, end < base + TILE ? end : base + TILE);
-        attend_tile(a, s, type, &t, window, base);
+        const int64_t from = oldest > base ? oldest : base, to = end < base + TILE ? end : base + TILE;
+        find_keys(a, s, type, blocks, kv, base, from, to);
+        attend_tile(a, s, type, &t, window, base, (int)(from - base), (int)(to - base));
     }
     finish_item(a, s, type, &t);
 }
@@ -270,36 +301,46 @@ static int64_t group_heads(const int32_t *q_to_kv, int64_t num_heads, int64_t nu
     return most;
 }
 
-/* All work items: runs of `run` queries of a row, with every key/value head. Returns 0, or -1 when there is no memory. */
-static int attend_all(const Attention *a, int type, int32_t (*runs)[2], int64_t num_rows, int64_t run, int64_t most) {
+/* Lists the heads and the runs. Returns 0, or -1 when there is no memory; attention_end gives back what is there in either case. */
+int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_t *q_to_kv, int64_t num_rows) {
+    const int64_t num_tokens = a->cu_seqlens_q[num_rows];
+    *w = (AttentionWork){.a = *a, .type = type};
+    w->heads = malloc(sizeof(int32_t) * (size_t)(a->num_heads + a->num_kv_heads + 1));
+    w->runs = malloc(sizeof(int32_t[2]) * (size_t)(num_tokens + 1));
+    if (!w->heads || !w->runs) return -1;
+    int32_t *starts = w->heads + a->num_heads;
+    w->most = group_heads(q_to_kv, a->num_heads, a->num_kv_heads, w->heads, starts);
+    w->run = w->most < ITEM_ROWS ? ITEM_ROWS / w->most : 1;
+    w->a.head_list = w->heads, w->a.head_start = starts;
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t first = a->cu_seqlens_q[row]; first < a->cu_seqlens_q[row + 1]; first += w->run, w->num_runs++)
+            w->runs[w->num_runs][0] = (int32_t)row, w->runs[w->num_runs][1] = (int32_t)first;
+    return 0;
+}
+
+void attention_end(AttentionWork *w) { free(w->heads), free(w->runs); }
+
+/* Called by every thread of a team. Returns 0, or -1 when this thread has no memory: the result is then not whole. */
+int attention_team(const AttentionWork *w, int64_t *next) {
+    const Attention *a = &w->a;
     void (*attend)(const Attention *, Scratch *, int64_t, int64_t, int64_t, int64_t) =
-        type == F32 ? attend_f32 : type == BF16 ? attend_bf16 : attend_f16;
-    const int64_t width = (a->head_dim + LANES - 1) / LANES * LANES, rows = run * most;
-    int64_t num_runs = 0, work = 0;
-    for (int64_t row = 0; row < num_rows; row++) {
-        work += (int64_t)a->seq_lens[row] * (a->cu_seqlens_q[row + 1] - a->cu_seqlens_q[row]);
-        for (int64_t first = a->cu_seqlens_q[row]; first < a->cu_seqlens_q[row + 1]; first += run, num_runs++)
-            runs[num_runs][0] = (int32_t)row, runs[num_runs][1] = (int32_t)first;
+        w->type == F32 ? attend_f32 : w->type == BF16 ? attend_bf16 : attend_f16;
+    const int64_t width = (a->head_dim + LANES - 1) / LANES * LANES, rows = (w->run * w->most + LANES - 1) / LANES * LANES;
+    float *buffer = aligned_alloc(64, sizeof(float) * (size_t)(2 * rows * width + 2 * rows + 2 * TILE * width + rows * TILE));
+    if (!buffer) return -1;
+    Scratch s = {.width = width, .q = buffer};
+    s.o = s.q + rows * width, s.largest = s.o + rows * width, s.total = s.largest + rows, s.turned = s.total + rows;
+    s.widened = s.turned + TILE * width, s.scores = s.widened + TILE * width;
+    memset(s.turned, 0, sizeof(float) * (size_t)(TILE * width)); /* parts no key was put into are multiplied, and masked afterwards */
+    for (;;) { /* the last queries of a prompt see most keys: they go first */
+        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        if (i >= w->num_runs * a->num_kv_heads) break;
+        const int32_t *run = w->runs[w->num_runs - 1 - i / a->num_kv_heads];
+        const int64_t end = a->cu_seqlens_q[run[0] + 1], stop = run[1] + w->run < end ? run[1] + w->run : end;
+        attend(a, &s, run[0], run[1], stop, i % a->num_kv_heads);
     }
-    int failed = 0;
-#pragma omp parallel if (num_runs * a->num_kv_heads > 1 && work * a->num_heads * a->head_dim > 65536)
-    {
-        size_t bytes = sizeof(float) * (size_t)(2 * rows * width + 2 * rows);
-        float *buffer = aligned_alloc(64, (bytes + 63) / 64 * 64);
-        Scratch scratch = {buffer, buffer + rows * width, buffer + 2 * rows * width, buffer + 2 * rows * width + rows, width, {0}, {0}};
-        if (!buffer) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_runs * a->num_kv_heads; i++) { /* the last queries of a prompt see most keys: they go first */
-            int64_t index = num_runs - 1 - i / a->num_kv_heads, row = runs[index][0], first = runs[index][1];
-            int64_t stop = first + run < a->cu_seqlens_q[row + 1] ? first + run : a->cu_seqlens_q[row + 1];
-            if (buffer) attend(a, &scratch, row, first, stop, i % a->num_kv_heads);
-        }
-        free(buffer);
-    }
-    return failed ? -1 : 0;
+    free(buffer);
+    return 0;
 }
 
 /* q [num_tokens, num_heads, head_dim] with rows q_stride elements apart; caches [num_blocks, block_size, num_kv_heads, head_dim], contiguous,
@@ -309,16 +350,16 @@ int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void 
                           int64_t table_stride, const int32_t *cu_seqlens_q, const int32_t *seq_lens, int64_t num_rows,
                           const int32_t *q_to_kv, const float *sinks, void *out, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                           int64_t block_size, float scale, int64_t window, float softcap) {
-    int32_t *heads = malloc(sizeof(int32_t) * (size_t)(num_heads + num_kv_heads + 1));
-    int32_t(*runs)[2] = malloc(sizeof(int32_t[2]) * (size_t)(cu_seqlens_q[num_rows] + 1));
-    int status = -1;
-    if (heads && runs) {
-        int32_t *starts = heads + num_heads;
-        const int64_t most = group_heads(q_to_kv, num_heads, num_kv_heads, heads, starts);
-        const Attention a = {q,     k_cache,  v_cache,      out,       block_table,  cu_seqlens_q, seq_lens,   heads,  starts, sinks,
-                             q_stride, table_stride, num_heads, num_kv_heads, head_dim,     block_size, window, scale,  softcap};
-        status = attend_all(&a, type, runs, num_rows, most < ITEM_ROWS ? ITEM_ROWS / most : 1, most);
+    const Attention a = {q,     k_cache,  v_cache,      out,       block_table,  cu_seqlens_q, seq_lens,   0,     0,      sinks,
+                         q_stride, table_stride, num_heads, num_kv_heads, head_dim,     block_size, window, scale, softcap};
+    AttentionWork work;
+    int64_t next = 0, pairs = 0;
+    int status = attention_begin(&work, &a, type, q_to_kv, num_rows);
+    for (int64_t row = 0; row < num_rows; row++) pairs += (int64_t)seq_lens[row] * (cu_seqlens_q[row + 1] - cu_seqlens_q[row]);
+    if (!status) {
+#pragma omp parallel if (work.num_runs * num_kv_heads > 1 && pairs * num_heads * head_dim > 65536) reduction(| : status)
+        status |= attention_team(&work, &next);
     }
-    free(heads), free(runs);
-    return status;
+    attention_end(&work);
+    return status ? -1 : 0;
 }

@@ -1,4 +1,5 @@
 /* RMSNorm of rows of float32, bfloat16 or float16, computed in float32 and rounded once. */
+#include "rows.h"
 #include "vector.h"
 
 INLINE void norm_row(int type, const char *x, const char *weight, char *out, int64_t size, float eps, float offset) {
@@ -24,6 +25,12 @@ INLINE void norm_row(int type, const char *x, const char *weight, char *out, int
     }
 }
 
+void rms_norm_row(int type, const void *x, const void *weight, void *out, int64_t size, float eps, float offset) {
+    if (type == F32) norm_row(F32, x, weight, out, size, eps, offset);
+    else if (type == BF16) norm_row(BF16, x, weight, out, size, eps, offset);
+    else norm_row(F16, x, weight, out, size, eps, offset);
+}
+
 /* x [outer, inner, size] with strides in elements, the last dimension contiguous; out alike (it may be x); weight [size].
  * offset is added to the weight: 1 where the stored weight is w - 1. */
 void shoal_rms_norm(int type, const void *x, int64_t x_outer, int64_t x_inner, const void *weight, void *out, int64_t out_outer,
@@ -33,8 +40,6 @@ void shoal_rms_norm(int type, const void *x, int64_t x_outer, int64_t x_inner, c
     for (int64_t row = 0; row < outer * inner; row++) {
         const char *from = (const char *)x + (row / inner * x_outer + row % inner * x_inner) * step;
         char *to = (char *)out + (row / inner * out_outer + row % inner * out_inner) * step;
-        if (type == F32) norm_row(F32, from, weight, to, size, eps, offset);
-        else if (type == BF16) norm_row(BF16, from, weight, to, size, eps, offset);
-        else norm_row(F16, from, weight, to, size, eps, offset);
+        rms_norm_row(type, from, weight, to, size, eps, offset);
     }
 }

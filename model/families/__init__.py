@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from shoal.model.families import gemma, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, opt, phi3, qwen, qwen_moe
 from shoal.model.families.config import HfConfig
 from shoal.model.families.family import Family
-from shoal.model.formats import refuse_other_formats, refuse_quantised
+from shoal.model.formats import refuse_old_quantised, refuse_other_formats, refuse_quantised
 from shoal.model.safetensors_file import SafetensorsFile
 from shoal.model.spec import DecoderSpec
 
@@ -79,6 +79,7 @@ def load_spec(folder: str | Path) -> tuple[DecoderSpec, Family]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")
+    refuse_old_quantised(Path(folder))
     spec, family = build_spec(config, str(path))
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         spec = replace(spec, dtype=stored_dtype(Path(folder)) or spec.dtype)

@@ -1,4 +1,6 @@
-"""OPT: learned positions that begin at row 2, LayerNorm, ReLU."""
+"""OPT: learned positions that begin at row 2, LayerNorm, ReLU. The 350m model normalises after the residual and has
+smaller embeddings.
+"""
 
 from shoal.model.families.config import HfConfig
 from shoal.model.families.family import Family, attention, decoder_spec, layer_norm, read_heads
@@ -9,12 +11,12 @@ POSITION_OFFSET = 2
 
 
 def spec(config: HfConfig) -> DecoderSpec:
-    """An OPT config as a spec. The 350m layout (norms after the residual, projected embeddings) is refused."""
+    """An OPT config as a spec."""
     config.ignore("dropout", "activation_dropout", "layerdrop", "init_std")
-    config.only("do_layer_norm_before", True)
+    norms_first = config.boolean("do_layer_norm_before", True)
     config.only("layer_norm_elementwise_affine", True)
     hidden, positions = config.integer("hidden_size"), config.integer("max_position_embeddings")
-    config.only("word_embed_proj_dim", hidden)
+    embed_size = config.integer("word_embed_proj_dim", hidden)
     heads, norm, bias = read_heads(config, hidden), layer_norm(1e-5), config.boolean("enable_bias", True)
     layer = Layer(
         mixer=attention(heads, qkv_bias=bias, out_bias=bias),
@@ -23,15 +25,20 @@ def spec(config: HfConfig) -> DecoderSpec:
             activation=config.activation("activation_function", "relu"),
             bias=bias,
         ),
-        pre_mixer_norm=norm,
-        pre_ffn_norm=norm,
+        pre_mixer_norm=norm if norms_first else None,
+        post_mixer_norm=None if norms_first else norm,
+        pre_ffn_norm=norm if norms_first else None,
+        post_ffn_norm=None if norms_first else norm,
+        residual="sequential" if norms_first else "normed",
     )
+    removed = config.boolean("_remove_final_layer_norm", False)
     return decoder_spec(
         config,
         "opt",
         [layer] * config.integer("num_hidden_layers"),
-        None if config.boolean("_remove_final_layer_norm", False) else norm,
+        norm if norms_first and not removed else None,
         tied=True,
+        embed_size=embed_size if embed_size != hidden else None,
         max_position=positions,
         learned_positions=LearnedPositions(num_positions=positions + POSITION_OFFSET, offset=POSITION_OFFSET),
     )
@@ -41,11 +48,13 @@ def names(_: DecoderSpec) -> Names:
     """OPT's names."""
     return {
         "embed": "{base}embed_tokens",
+        "embed_in": "{base}project_in",
+        "embed_out": "{base}project_out",
         "positions": "{base}embed_positions",
         "final_norm": "{base}final_layer_norm",
         "head": "lm_head",
-        "pre_mixer_norm": "{layer}.self_attn_layer_norm",
-        "pre_ffn_norm": "{layer}.final_layer_norm",
+        **{f"{at}_mixer_norm": "{layer}.self_attn_layer_norm" for at in ("pre", "post")},
+        **{f"{at}_ffn_norm": "{layer}.final_layer_norm" for at in ("pre", "post")},
         **{f"mixer.{x}": f"{{layer}}.self_attn.{x}_proj" for x in "qkv"},
         "mixer.o": "{layer}.self_attn.out_proj",
         "ffn.up": "{layer}.fc1",

@@ -112,11 +112,14 @@ def test_forgotten_content_is_not_found_any_more() -> None:
     pool = BlockPool(2)
     a, b = pool.allocate(2)
     pool.publish(a, b"k")
-    pool.forget(a)
-    pool.forget(b)
+    pool.forget(b"k")
+    pool.forget(b"unknown")
     assert pool.lookup(b"k") is None
     pool.release(a)
     assert states(pool) == (1, 0, 1)
+    pool.release(b, b"cached")
+    pool.forget(b"cached")
+    assert states(pool) == (2, 0, 0)
 
 
 def test_more_than_available_is_our_own_mistake() -> None:

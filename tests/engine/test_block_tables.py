@@ -121,3 +121,14 @@ def test_untrusted_content_is_forgotten() -> None:
     tables.release(seq, trusted=False)
     assert tables.find_hit(make_seq(list(range(12)))) == 0
     assert tables.pools[0].num_free == 16
+
+
+def test_untrusted_content_that_fell_out_of_a_window_is_forgotten_too() -> None:
+    tables = make_tables(windows=(None, 6))
+    seq = compute(tables, make_seq(list(range(18))))
+    seq.tokens += [1]
+    advance(tables, seq, 1)
+    assert tables.pools[1].num_cached == 3
+    tables.release(seq, trusted=False)
+    assert [pool.num_free for pool in tables.pools] == [16, 16]
+    tables.check_integrity([])

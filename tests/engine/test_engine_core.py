@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 
 from shoal.engine.client import EngineError, QueueFull
@@ -12,7 +13,7 @@ from shoal.engine.clock import VirtualClock
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.fake_executor import Fault, StepLatency
-from shoal.engine.messages import Request, StepPlan, StepResult
+from shoal.engine.messages import RankTiming, Request, StepPlan, StepResult
 from tests.engine.harness import (
     VOCAB_SIZE,
     Output,
@@ -299,6 +300,20 @@ def test_a_rank_that_ended_is_noticed_without_work() -> None:
     core = make_core(fault=Fault(step=0, rank=1))
     core.check_executor()
     assert "rank 1" in str(core.failure)
+
+
+def test_the_times_of_the_sampling_rank_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    told = core.executor.result
+
+    def timed(handle: int, timeout_s: float) -> StepResult:
+        timing = RankTiming(rank=0, forward_s=2.0, wait_s=0.5, sample_s=1.0)
+        return msgspec.structs.replace(told(handle, timeout_s), timings=[timing])
+
+    monkeypatch.setattr(core.executor, "result", timed)
+    run_all(core, [make_request("a", [1, 2, 3], 2, ignore_eos=True)])
+    stats = core.stats()
+    assert (stats.steps, stats.forward_s, stats.wait_s, stats.sample_s) == (2, 4.0, 1.0, 2.0)
 
 
 def test_statistics_are_true() -> None:

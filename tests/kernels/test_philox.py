@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shoal.kernels.philox import gumbel_noise, gumbel_noise_at, philox, philox_reference
+from shoal.kernels.philox import gumbel_noise, gumbel_noise_at, philox, philox_reference, quad_bits
 
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -53,3 +53,24 @@ def test_noise_is_standard_gumbel() -> None:
     noise = gumbel_noise(torch.arange(20), torch.zeros(20).long(), torch.zeros(20).long(), 0, 5000).double()
     assert abs(noise.mean() - 0.5772) < 0.02
     assert abs(noise.var() - 1.6449) < 0.06
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (3, 4), (5, 40), (0, 103), (4093, 12301), (7, 7)])
+def test_noise_equals_its_formula_in_float64(path: str, start: int, stop: int) -> None:
+    seeds, positions, samples = torch.tensor([7, -3, 2**62 + 5]), torch.tensor([0, 5, 2**33]), torch.tensor([0, 1, 2])
+    bits = quad_bits(seeds, positions, samples, torch.arange(stop // 4 + 1).unsqueeze(0), 0).flatten(1)
+    want = -torch.log(-torch.log((bits[:, start:stop].double() + 0.5) * 2.0**-32))
+    got = gumbel_noise(seeds, positions, samples, start, stop)
+    assert got.shape == (3, stop - start) and got.dtype == torch.float32
+    assert torch.allclose(got.double(), want, rtol=3e-7, atol=3e-7)
+    ids = torch.randint(start, max(stop, start + 1), (3, 21), generator=torch.Generator().manual_seed(1))
+    ids = ids.clamp(max=stop - 1) if stop > start else ids[:, :0]
+    assert torch.equal(gumbel_noise_at(seeds, positions, samples, ids), got.gather(1, ids - start))
+
+
+def test_noise_is_spread_as_gumbel_numbers_are(path: str) -> None:
+    found = gumbel_noise(
+        torch.arange(64), torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64), 0, 32768
+    )
+    assert found.isfinite().all() and found.min() > -3.2 and 13 < found.max() < 23
+    assert abs(found.mean() - 0.5772) < 5e-3 and abs(found.var() - 1.6449) < 2e-2

@@ -1,6 +1,7 @@
 """start_engine: who starts the ranks, what is refused before anything is spawned, and one rank in this process."""
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import shoal.demo
 from shoal.configs.loader import load_config
 from shoal.configs.schema import LauncherConfig, ParallelConfig, ShoalConfig
 from shoal.engine.messages import Request
+from shoal.kernels import build
 from shoal.launcher.bring_up import start_engine
 from shoal.launcher.kinds import choose_launcher, is_follower
 from tests.launcher.harness import collect
@@ -45,6 +47,27 @@ def test_a_missing_model_and_an_impossible_layout_are_refused_before_a_process_s
     wide = load_config(keywords={"model": "demo", "tensor_parallel_size": 4000})
     with pytest.raises(ValueError, match="4000"):
         asyncio.run(start_engine(wide, DEMO))
+
+
+@pytest.mark.parametrize(("level", "shown"), [("warning", True), ("error", False)])
+def test_one_rank_reports_what_log_level_asks_for(
+    level: str, shown: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(timeout_s: float) -> Any:
+        raise build.NativeBuildError("no compiler")
+
+    async def body() -> None:
+        settings = {"model": "demo", "num_blocks": 64, "max_model_len": 128, "max_num_batched_tokens": 64}
+        engine = await start_engine(load_config(keywords={**settings, "log_level": level}), DEMO)
+        await engine.client.close()
+
+    monkeypatch.setattr(build, "_build", no_compiler)
+    for name, value in (("warned", False), ("library", None), ("made", False)):
+        monkeypatch.setattr(build._Choice, name, value)  # this process's choice is put back afterwards
+    logger = logging.getLogger("shoal")
+    monkeypatch.setattr(logger, "level", logger.level)  # put back afterwards
+    asyncio.run(body())
+    assert ("no compiler" in caplog.text) == shown
 
 
 def test_one_rank_runs_in_this_process_and_reports_its_choices() -> None:

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from tests.model.public_configs_layer_norm import GPT2 as GPT2
+from tests.model.public_configs_layer_norm import OPT_125M as OPT_125M
+from tests.model.public_configs_layer_norm import PYTHIA_1_4B as PYTHIA_1_4B
+
 LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,
@@ -358,75 +362,4 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
     "tie_word_embeddings": False,
-}
-GPT2: dict[str, Any] = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_ctx": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-    "n_positions": 1024,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "vocab_size": 50257,
-}
-OPT_125M: dict[str, Any] = {
-    "activation_dropout": 0.0,
-    "activation_function": "relu",
-    "architectures": ["OPTForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 2,
-    "do_layer_norm_before": True,
-    "dropout": 0.1,
-    "eos_token_id": 2,
-    "ffn_dim": 3072,
-    "hidden_size": 768,
-    "init_std": 0.02,
-    "layerdrop": 0.0,
-    "max_position_embeddings": 2048,
-    "model_type": "opt",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "prefix": "</s>",
-    "torch_dtype": "float16",
-    "transformers_version": "4.21.0.dev0",
-    "use_cache": True,
-    "vocab_size": 50272,
-    "word_embed_proj_dim": 768,
-}
-PYTHIA_1_4B: dict[str, Any] = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "gelu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 2048,
-    "model_type": "gpt_neox",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.24.0",
-    "use_cache": True,
-    "use_parallel_residual": True,
-    "vocab_size": 50304,
 }

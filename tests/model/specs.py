@@ -65,6 +65,23 @@ def learned() -> DecoderSpec:
     return decoder([layer] * 2, final_norm=LAYER, tie_embeddings=True, learned_positions=positions)
 
 
+def normed_residual() -> DecoderSpec:
+    """Like OPT-350m: norms of the sums, embeddings of another size."""
+    mixer = attention(5, 5, rope=None, qkv_bias=True, out_bias=True)
+    ffn = DenseFfn(intermediate_size=50, activation="relu", bias=True)
+    layer = Layer(
+        mixer=mixer,
+        ffn=ffn,
+        pre_mixer_norm=None,
+        post_mixer_norm=LAYER,
+        pre_ffn_norm=None,
+        post_ffn_norm=LAYER,
+        residual="normed",
+    )
+    positions = LearnedPositions(num_positions=130, offset=2)
+    return decoder([layer] * 2, final_norm=None, tie_embeddings=True, learned_positions=positions, embed_size=24)
+
+
 def parallel_residual() -> DecoderSpec:
     """Like GPT-NeoX: both branches read the same input; biases; a head with a bias."""
     rope = Rope(theta=1000.0, rotary_dim=4, max_position=256, scaling=LinearScaling(factor=2.0))
@@ -105,6 +122,7 @@ SPECS = {
     "heads-5-1": lambda: plain(5, 1, qkv_bias=True),
     "learned": learned,
     "parallel-residual": parallel_residual,
+    "normed-residual": normed_residual,
     "gemma": gemma,
     "olmo": olmo,
     "moe": lambda: plain(4, 2, ffn=moe()),

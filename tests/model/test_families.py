@@ -197,6 +197,13 @@ def test_opt_positions_begin_at_two() -> None:
     assert spec_of(public.OPT_125M, _remove_final_layer_norm=True).final_norm is None
 
 
+def test_opt_350m_normalises_the_sums_and_projects_small_embeddings() -> None:
+    spec = spec_of(public.OPT_125M, do_layer_norm_before=False, word_embed_proj_dim=512)
+    layer = spec.layers[0]
+    assert layer.residual == "normed" and layer.pre_mixer_norm is None and layer.post_ffn_norm is not None
+    assert spec.final_norm is None and spec.embed_size == 512
+
+
 def test_pythia_rotates_a_quarter_and_runs_branches_in_parallel() -> None:
     layer = spec_of(public.PYTHIA_1_4B).layers[0]
     assert layer.mixer.rope is not None and layer.mixer.rope.rotary_dim == 32
@@ -317,8 +324,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gemma3 cap": (public.GEMMA_3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not"),
     "moe window": (public.QWEN3_30B_A3B, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     "too many experts": (public.MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "exceeds the number of experts, 8"),
-    "opt 350m": (public.OPT_125M, {"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported"),
-    "opt projection": (public.OPT_125M, {"word_embed_proj_dim": 512}, "word_embed_proj_dim = 512 .*supported: 768"),
     "cross attention": (public.GPT2, {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
     "per layer": (public.LLAMA_3_8B, {"per_layer_config": {"0": {}}}, "per_layer_config"),
     "quantised": (public.LLAMA_3_8B, {"quantization_config": {"quant_method": "fp8"}}, "quantised with FP8"),

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from shoal.configs.schema import ParallelConfig
+from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.families import load_spec
+from shoal.model.parameters import head_is_shared
+from shoal.model.prepare import prepare_weights
 from shoal.model.shard import shard_model
 from shoal.parallel.communicator import SingleCommunicator
 from tests.model.paged import PagedModel, random_chunks
@@ -26,6 +29,7 @@ def load_stage(folder: Path, max_model_len: int | None = None) -> Stage:
     [shard] = shard_model(spec, ParallelConfig())
     with Checkpoint(folder) as checkpoint:
         weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
+    weights = prepare_weights(weights, native_library(), head_is_shared=head_is_shared(spec, shard))
     return Stage(spec, shard, weights, SingleCommunicator("tensor"), max_model_len=max_model_len)
 
 

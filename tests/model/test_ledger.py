@@ -199,6 +199,16 @@ def test_too_many_given_blocks_name_the_number() -> None:
     assert value_after("lower cache.num_blocks", refusal([report()], config(num_blocks=400))) == "300"
 
 
+def test_where_no_number_of_blocks_would_do_the_length_is_named() -> None:
+    text = refusal([report()], config(num_blocks=900), max_model_len=6400)
+    assert value_after("lower model.max_model_len", text) == "4800" and "cache.num_blocks" not in text
+
+
+def test_a_cache_smaller_than_a_block_names_what_to_raise() -> None:
+    text = refusal([report()], config(memory=1000))
+    assert text.endswith(f"1.0 KiB are left, not even one block: raise cache.memory to {100 * MIB}")
+
+
 def test_cache_memory_beyond_the_share_names_the_bytes() -> None:
     assert value_after("lower cache.memory", refusal([report()], config(memory=400 * MIB))) == str(300 * MIB)
 

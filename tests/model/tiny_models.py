@@ -65,6 +65,17 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         pad_token_id=0,
         ffn_dim=72,
     ),
+    "opt_350m": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        word_embed_proj_dim=20,
+        do_layer_norm_before=False,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        ffn_dim=72,
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**NO_GQA, rope_parameters=rope(partial_rotary_factor=0.5)),
     "gpt_neox_sequential": lambda: transformers.GPTNeoXConfig(
         **NO_GQA, use_parallel_residual=False, rope_parameters=rope(partial_rotary_factor=0.25)

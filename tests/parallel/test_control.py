@@ -223,6 +223,21 @@ def test_a_stranger_who_does_not_know_the_key_is_turned_away_and_the_right_peer_
         closing.close()
 
 
+def test_a_peer_that_came_in_time_may_be_slow_to_prove_itself() -> None:
+    listener, key = Listener.unix(), new_key()
+    slow = socket.socket(socket.AF_UNIX)
+    slow.connect("\0" + listener.address.removeprefix("unix:@"))
+    with pytest.raises(ControlTimeout, match="1 connections were refused"):
+        listener.accept(key, DECODER, "rank 1", 0.05)  # without a limit of its own the handshake shares the wait's
+    slow.close()
+    accepted = in_thread(lambda: listener.accept(key, DECODER, "rank 1", 10, handshake_s=20))
+    right = connect(listener.address, key, DECODER, "the engine", 10)
+    right.send(Ping(6))
+    assert accepted().receive(5) == Ping(6)
+    for closing in (right, listener):
+        closing.close()
+
+
 def test_nobody_listening_and_no_address_are_told_apart() -> None:
     with pytest.raises(PeerGone, match="the engine does not listen at unix:@shoal-nobody"):
         connect("unix:@shoal-nobody", new_key(), DECODER, "the engine", 1)

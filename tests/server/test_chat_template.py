@@ -200,6 +200,21 @@ def test_a_template_that_fails_is_explained(template: str, text: str) -> None:
         "{{ '%9999999999d' % 1 }}",
         "{{ '%*d' | format(10**10, 1) }}",
         "{{ messages | tojson(indent=10**9) }}",
+        "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+        "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
+        "{{ (['a' * 10**6] * 10**4) | join }}",
+        "{{ ','.join((['a' * 10**6] * 10**4) | map('string')) }}",
+        "{{ ('x' * 10**6).join(['a'] * 10**5) }}",
+        "{{ [[['a' * 10**6] * 10**3] * 10**3] | tojson }}",
+        "{{ [[['a' * 10**6] * 10**3] * 10**3] | string }}",
+        "{{ [['a' * 10**6] * 10**4] ~ '' }}",
+        "{{ '{:>9999999999}'.format('a') }}",
+        "{{ '{:>{}}'.format('a', 10**10) }}",
+        "{{ ('\t' * 10**6).expandtabs(10**6) }}",
+        "{{ ('a\n' * 10**6) | indent('x' * 10**6) }}",
+        "{{ [1] | batch(10**9, 'x') | list }}",
+        "{{ [1] | slice(10**9) | list }}",
+        "{{ ([[1]] * 10**6) | sum(start=[]) }}",
     ],
 )
 def test_a_template_that_blows_up_is_stopped(template: str) -> None:
@@ -216,3 +231,20 @@ def test_a_template_that_runs_on_is_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     )
     with pytest.raises(ChatTemplateError, match=r"was stopped: it ran for more than 0\.05 s"):
         ours(loops).render(user())
+    silent = "{% set L = range(9999) | list %}" + "{% for i in L %}" * 4 + "{% endfor %}" * 4
+    with pytest.raises(ChatTemplateError, match=r"was stopped: it ran for more than 0\.05 s"):
+        ours(silent).render(user())
+
+
+def test_what_chats_join_sum_and_replace_is_what_jinja_makes_of_it() -> None:
+    template = (
+        "{{ messages | map(attribute='content') | join(', ') }} {{ messages | join('-', attribute='role') }} "
+        "{{ [1, 2] | sum }} {{ [[1], [2]] | sum(start=[]) }} {{ 'aba' | replace('a', 'c', 1) }} "
+        "{{ 'a'.replace('a', 'b') }} "
+        "{{ '-'.join(messages | map(attribute='role')) }} {% for m in messages %}{{ loop.index }}/{{ loop.length }}"
+        "{% if not loop.last %};{% endif %}{% endfor %} {% for x in [] %}{% else %}none{% endfor %} "
+        "{{ '{}:{:>3}'.format('a', 1) }}"
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    expected = "hi, ho user-assistant 3 [1, 2] cba b user-assistant 1/2;2/2 none a:  1"
+    assert ours(template).render(messages) == expected

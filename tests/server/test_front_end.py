@@ -1,7 +1,7 @@
 """FrontEnd: prompts to requests, deltas to outputs, stop strings, fan-out, aborts; against a scripted engine."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -9,51 +9,14 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.client import EngineError
 from shoal.engine.messages import OutputDelta, Request, TokenLogprobs
 from shoal.server.front_end import FrontEnd
 from shoal.server.outputs import Logprob, RequestOutput
 from shoal.server.tokenizer import Tokenizer
+from tests.server.front_ends import EOS, TEXT, TOKENIZER, client_of, collect, front_end, says
 from tests.server.scripted_client import Script, ScriptedClient, in_chunks
 from tests.server.tiny_tokenizers import built, with_bos
-
-TOKENIZER = Tokenizer(Backend.from_str(built("byte_level")), {"bos_token": "<s>", "eos_token": "</s>"})
-TEXT = "the quick brown fox 😀 jumps\n\nUser: over"
-EOS = TOKENIZER.eos_token_id
-assert EOS is not None
-
-
-def says(text: str, sizes: Sequence[int] = (1,), **ending: Any) -> Script:
-    """An engine that answers every request with a text."""
-    return lambda request: in_chunks(request, TOKENIZER.encode(text), sizes, **ending)
-
-
-ANSWER = says(TEXT)
-
-
-def front_end(script: Script = ANSWER, *, tokenizer: Tokenizer | None = TOKENIZER, **client: Any) -> FrontEnd:
-    return FrontEnd(
-        ScriptedClient(script, **client),
-        tokenizer=tokenizer,
-        vocab_size=TOKENIZER.vocab_size,
-        max_model_len=128,
-        eos_token_ids=[EOS],
-        seed=1,
-    )
-
-
-def client_of(end: FrontEnd) -> ScriptedClient:
-    assert isinstance(end.client, ScriptedClient)
-    return end.client
-
-
-def collect(end: FrontEnd, *args: Any, **options: Any) -> list[RequestOutput]:
-    """All outputs of one request."""
-
-    async def read() -> list[RequestOutput]:
-        return [output async for output in end.generate(*args, **options)]
-
-    return asyncio.run(asyncio.wait_for(read(), 30))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3,), (100,), (2, 1)])
@@ -183,70 +146,6 @@ def test_logprobs_have_vllms_shape() -> None:
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     assert output.prompt_logprobs[1] is not None and list(output.prompt_logprobs[1]) == [5, 6]
     assert collect(front_end(), "p")[-1].outputs[0].logprobs is None
-
-
-def test_n_outputs_are_n_requests_with_one_seed() -> None:
-    end = front_end(lambda request: in_chunks(request, TOKENIZER.encode(TEXT)[: 3 + request.sample_index], (1,)))
-    outputs = collect(end, "p", SamplingParams(n=3, seed=7), "r")
-    parts = client_of(end).submitted
-    assert [(part.request_id, part.sample_index) for part in parts] == [("r#0", 0), ("r#1", 1), ("r#2", 2)]
-    assert all(part.sampling.n == 1 and part.sampling.seed == 7 for part in parts)
-    assert [len(output.token_ids) for output in outputs[-1].outputs] == [3, 4, 5]
-    assert [output.index for output in outputs[-1].outputs] == [0, 1, 2]
-    assert [output.finished for output in outputs].count(True) == 1 and outputs[-1].finished
-
-
-def test_delta_outputs_of_n_hold_what_is_new_only() -> None:
-    end = front_end(lambda request: in_chunks(request, TOKENIZER.encode(TEXT)[: 3 + request.sample_index], (1,)))
-    texts = {0: "", 1: ""}
-    finishes = []
-    for output in collect(end, "p", SamplingParams(n=2), "r", output_kind="delta"):
-        for part in output.outputs:
-            texts[part.index] += part.text
-            finishes += [part.index] if part.finished() else []
-    ids = TOKENIZER.encode(TEXT)
-    assert texts == {0: TOKENIZER.decode(ids[:3]), 1: TOKENIZER.decode(ids[:4])}
-    assert sorted(finishes) == [0, 1]
-
-
-def test_one_failing_output_of_n_ends_the_others() -> None:
-    def script(request: Request) -> list[OutputDelta]:
-        if request.sample_index == 1:
-            return [
-                OutputDelta(request_id=request.request_id, start=0, token_ids=[], finish_reason="error", error="no")
-            ]
-        return in_chunks(request, TOKENIZER.encode(TEXT), (1,))
-
-    end = front_end(script, hold=True)
-    with pytest.raises(EngineError, match="no"):
-        collect(end, "p", SamplingParams(n=3))
-    assert sorted(client_of(end).closed_streams) == ["request-0#0", "request-0#1", "request-0#2"]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_ends_while_the_reader_is_busy_is_not_lost(fails: bool) -> None:
-    def script(request: Request) -> list[OutputDelta]:
-        deltas = in_chunks(request, TOKENIZER.encode(TEXT)[: 2 + request.sample_index], (1,))
-        if fails and request.sample_index == 1:
-            deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="error", error="no")
-        return deltas
-
-    end = front_end(script)
-
-    async def read() -> list[RequestOutput]:
-        outputs = []
-        async for output in end.generate("p", SamplingParams(n=2), "r"):
-            outputs.append(output)
-            for _ in range(40):  # all streams have ended when the next output is asked for
-                await asyncio.sleep(0)
-        return outputs
-
-    if fails:
-        with pytest.raises(EngineError, match="no"):
-            asyncio.run(asyncio.wait_for(read(), 30))
-    else:
-        last = asyncio.run(asyncio.wait_for(read(), 30))[-1]
-        assert last.finished and [len(output.token_ids) for output in last.outputs] == [2, 3]
 
 
 def test_the_engine_gets_a_seed_a_length_and_no_strings() -> None:
@@ -396,18 +295,6 @@ def test_a_running_id_cannot_be_used_twice() -> None:
         await stream.aclose()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_full_queue_is_surfaced_by_generate_and_waited_for_by_complete(n: int) -> None:
-    with pytest.raises(QueueFull):
-        collect(front_end(refusals=1), "p", SamplingParams(n=n))
-
-    async def scenario() -> RequestOutput:
-        end = front_end(refusals=3)
-        return await end.complete(end.prepare("p", SamplingParams(n=n)))
-
-    assert asyncio.run(asyncio.wait_for(scenario(), 30)).outputs[-1].text == TEXT
 
 
 def test_a_long_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
