@@ -7,6 +7,8 @@ import pytest
 
 from shoal.configs.schema import ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
 from shoal.launcher.local_start import device_of
+from shoal.launcher.ray_cluster import Node
+from shoal.launcher.ray_fleet import _choose_device
 from shoal.launcher.settle import Host, settle
 from tests.launcher.fake_worker import SPEC
 
@@ -120,3 +122,10 @@ def test_more_ranks_than_shared_memory_joins_use_gloo_or_are_refused() -> None:
 def test_settling_twice_changes_nothing() -> None:
     once = settle(config(2), SPEC, CPU).config
     assert msgspec.structs.asdict(settle(once, SPEC, CPU).config) == msgspec.structs.asdict(once)
+
+
+def test_ranks_per_device_is_refused_where_ray_gives_out_the_gpus() -> None:
+    node = Node("id", "address", {"CPU": 8, "GPU": 2}, {})
+    assert _choose_device(config(2), [node]) == "cuda"
+    with pytest.raises(ValueError, match="Ray gives every rank a GPU of its own"):
+        _choose_device(config(2, sharing=2), [node])
