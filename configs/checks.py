@@ -142,6 +142,15 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
         )
 
 
+_FIXED_AT_START = frozenset(
+    [f"model.{name}" for name in ("dtype", "quantization", "max_model_len", "checksums")]
+    + [f"runtime.{name}" for name in ("device", "deterministic", "threads", "collectives", "native")]
+    + [f"launcher.{name}" for name in ("step_timeout_s", "stop_timeout_s", "controller_grace_s", "max_restarts")]
+    + [f"launcher.{name}" for name in ("routing", "load_factor")]
+)
+"""Beside the layout, cache and scheduler: what a detached model was started with, and a front end cannot change."""
+
+
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
     elsewhere = launcher.kind == "auto" and launcher.address != "auto"
@@ -161,7 +170,7 @@ def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
                 message=f"would not be used: launcher.attach = {launcher.attach} starts nothing; leave one of them out",
             )
         for key in sorted(given):
-            if key.startswith(("parallel.", "cache.", "scheduler.")):
+            if key.startswith(("parallel.", "cache.", "scheduler.")) or key in _FIXED_AT_START:
                 section, _, name = key.partition(".")
                 value = getattr(getattr(config, section), name)
                 message = (

@@ -266,6 +266,9 @@ def test_bad_default_sampling_is_refused_with_its_change() -> None:
         ({"launcher.ray_auth": "off"}, "is about Ray clusters, and launcher.kind is auto"),
         ({"launcher.kind": "ray", "launcher.address": "10.0.0.1"}, "must be auto, local, or host:port"),
         ({"launcher.attach": "prod", "parallel.tensor": 2}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "model.quantization": "int8"}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "runtime.deterministic": True}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "launcher.routing": "round_robin"}, "runs already with settings of its own"),
         ({"launcher.attach": "prod", "launcher.kind": "local"}, "starts nothing"),
     ],
 )
