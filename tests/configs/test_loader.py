@@ -250,6 +250,11 @@ def test_keywords_are_those_vllm_users_know() -> None:
     assert "did you mean max_model_len" in str(refusal(keywords={"max_modellen": 3}))
 
 
+def test_a_hang_is_not_shorter_than_the_time_between_two_signs_of_life() -> None:
+    assert load_config(None, {"launcher.hang_timeout_s": 1.5}, environ={}).config.launcher.hang_timeout_s == 1.5
+    assert "1.5" in str(refusal(overrides={"launcher.hang_timeout_s": 1.0}))
+
+
 def test_bad_default_sampling_is_refused_with_its_change() -> None:
     resolved = load_config(None, {"sampling.n": 2}, environ={})
     with pytest.raises(ConfigError, match="must be 1 with temperature = 0"):
