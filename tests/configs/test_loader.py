@@ -203,7 +203,9 @@ def test_world_size_of_torchrun_must_be_the_layouts() -> None:
     assert load_config("tp2_pp2", environ=TORCHRUN).config.world_size == 4
     with pytest.raises(ConfigError, match=r"torchrun started 4 processes, but the layout 2 x 1 x 1 .* has 2"):
         load_config("tp2", environ=TORCHRUN)
-    load_config("tp2", {"launcher.kind": "local"}, environ=TORCHRUN)
+    with pytest.raises(ConfigError, match=r"would not be used: the processes are torchrun's"):
+        load_config("tp2_pp2", {"launcher.max_restarts": 3}, environ=TORCHRUN)
+    load_config("tp2", {"launcher.kind": "local", "launcher.max_restarts": 3}, environ=TORCHRUN)
     slurm = {name: value for name, value in TORCHRUN.items() if not name.startswith("TORCHELASTIC")}
     load_config("tp2", environ=slurm)
     load_config("tp2_pp2", {"launcher.kind": "torchrun"}, environ=slurm)
