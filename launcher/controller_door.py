@@ -53,6 +53,10 @@ class ControllerDoor:
                     )
                 except ControlTimeout:
                     continue
+                except OSError as error:  # no descriptors left, for one: there may be some a little later
+                    logger.warning("a front end could not be let in: %s", error)
+                    await asyncio.sleep(ACCEPT_SLICE_S)
+                    continue
                 self._count += 1
                 guest = _Guest(self._controller, await AsyncChannel.adopt(channel), self._count)
                 task = asyncio.create_task(guest.serve(self._ready))

@@ -1,8 +1,10 @@
 """Front ends in other processes than their controller: one stream through the door, over its death as well."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.controller_door import ControllerDoor, sum_stats
 from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.replica_messages import Ready
+from shoal.parallel.control_connect import Listener
 from tests.launcher.harness import collect, request, run
 
 CONFIG = ShoalConfig(model=ModelConfig(max_model_len=512))
@@ -81,6 +84,26 @@ def test_two_front_ends_use_the_same_request_ids() -> None:
             assert [tokens for tokens, _ in got] == [await alone([1, 2, 3], 12), await alone([1, 2, 4], 12)]
             assert (await first.stats())[0].generated_tokens == 24
             assert (await controller.status()).accepted == 2
+
+    run(body())
+
+
+def test_door_stays_open_when_there_are_no_descriptors_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = Listener.accept, iter([OSError(errno.EMFILE, "too many open files")] * 2)
+
+    def scarce(*args: Any, **more: Any) -> Any:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return accept(*args, **more)
+
+    monkeypatch.setattr(Listener, "accept", scarce)
+    monkeypatch.setattr(controller_door, "ACCEPT_SLICE_S", 0.01)
+
+    async def body() -> None:
+        host = Host()
+        async with host.serving(), host.attached() as client:
+            assert (await collect(client.submit(request([1, 2, 3], 4))))[0] == await alone([1, 2, 3], 4)
+        assert next(failures, None) is None
 
     run(body())
 
