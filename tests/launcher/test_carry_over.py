@@ -12,8 +12,8 @@ from shoal.launcher.fake_replica import VOCAB_SIZE, FakeReplicas
 from shoal.server.front_end import FrontEnd
 from shoal.server.outputs import CompletionOutput
 from shoal.server.tokenizer import Tokenizer
+from tests.launcher.controllers import fakes
 from tests.launcher.harness import run, until
-from tests.launcher.test_controller import fakes
 from tests.shoal.fake_engine import DEMO
 
 

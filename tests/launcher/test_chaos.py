@@ -14,8 +14,8 @@ from shoal.launcher.cli import main
 from shoal.launcher.cmd_chaos import read_kinds
 from shoal.launcher.fake_replica import VOCAB_SIZE, FakeReplica
 from shoal.launcher.vitals import read_vitals
+from tests.launcher.controllers import fakes, settings
 from tests.launcher.harness import run
-from tests.launcher.test_controller import fakes, settings
 
 SHAPE = LoadShape(pool=40, max_output=60, vocab_size=VOCAB_SIZE)
 

@@ -16,8 +16,8 @@ from shoal.engine.fake_executor import StepLatency
 from shoal.launcher.batch_file import AnswerFile
 from shoal.launcher.cli import main
 from shoal.launcher.stragglers import PATIENCE, Stragglers
+from tests.launcher.controllers import answer, fakes
 from tests.launcher.harness import collect, request, run, until, wait_until
-from tests.launcher.test_controller import answer, fakes
 from tests.shoal import fake_engine
 from tests.shoal.fake_engine import DEMO
 

@@ -1,157 +1,17 @@
-"""The controller: routes, goes on elsewhere after a death, rebuilds with back-off, scales and drains without a loss."""
+"""The controller: routes by load, refuses what it cannot hold, scales and drains without a loss."""
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
-from shoal.configs.schema import CacheConfig, ModelConfig, SchedulerConfig, ShoalConfig
-from shoal.engine.client import EngineClient, EngineError, QueueFull
-from shoal.engine.executor import CacheGroup, Capacity, ExecutorFailed
-from shoal.engine.fake_executor import StepLatency
-from shoal.engine.fake_model import FakeModel
-from shoal.engine.messages import EngineStats, OutputDelta, Request, StepPlan
+from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.messages import OutputDelta
 from shoal.launcher.controller import Controller, ControllerOptions
-from shoal.launcher.dispatch import MAX_FRUITLESS, Limits
-from shoal.launcher.fake_replica import VOCAB_SIZE, FakeReplica, FakeReplicas
-from shoal.launcher.replica import Progress, ReplicaHandle
-from shoal.launcher.replica_messages import Ready
-from shoal.launcher.replica_slot import RestartPolicy
+from shoal.launcher.dispatch import Limits
+from shoal.launcher.fake_replica import FakeReplicas
+from tests.launcher.controllers import answer, fakes, outstanding, scripted, serving, settings
 from tests.launcher.harness import collect, request, run, until
-
-QUICK = RestartPolicy(first_s=0.01, longest_s=0.02, lasting_s=1000.0)
-CAPACITY = Capacity(
-    block_size=16, groups=[CacheGroup(name="full", window=None, num_blocks=8)], max_model_len=100, vocab_size=100
-)
-
-
-class Scripted(EngineClient):
-    """A replica's client that answers token by token when it is let, and refuses as told."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.refusal: Exception | None = None
-        self.failure: EngineError | None = None
-        self.go = asyncio.Event()
-        self.accepted: list[str] = []
-        self.aborted: list[str] = []
-        self.closed = 0
-
-    async def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
-        await self.health()
-        if self.refusal is not None:
-            raise self.refusal
-        self.accepted.append(request.request_id)
-        try:
-            for index in range(request.sampling.max_tokens or 4):
-                last = index == (request.sampling.max_tokens or 4) - 1
-                yield OutputDelta(
-                    request_id=request.request_id,
-                    start=index,
-                    token_ids=[self.number],
-                    finish_reason="length" if last else None,
-                )
-                if not last:
-                    await self.go.wait()
-        finally:
-            self.aborted.append(request.request_id)
-
-    async def abort(self, request_ids: list[str]) -> None:
-        self.aborted += request_ids
-
-    async def stats(self) -> list[EngineStats]:
-        await self.health()
-        return [EngineStats(num_running=self.number)]
-
-    async def health(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    async def drain(self, timeout_s: float) -> list[str]:
-        return []
-
-    async def close(self) -> None:
-        self.closed += 1
-
-
-class ScriptedReplica(ReplicaHandle):
-    """Ready at once; fails when `died` is set."""
-
-    client: Scripted
-
-    def __init__(self, client: Scripted) -> None:
-        self.client, self.died = client, asyncio.Event()
-
-    async def start(self) -> None: ...
-
-    async def ready(self, timeout_s: float, on_progress: Progress | None = None) -> Ready:
-        return Ready(capacity=CAPACITY, report="")
-
-    async def failed(self) -> EngineError:
-        await self.died.wait()
-        assert self.client.failure is not None
-        return self.client.failure
-
-    async def stop(self) -> None:
-        await self.client.close()
-
-
-@asynccontextmanager
-async def scripted(count: int, **options: Any) -> AsyncIterator[tuple[Controller, Sequence[Scripted]]]:
-    """A controller that never rebuilds, over scripted replicas."""
-    clients = [Scripted(number) for number in range(count)]
-
-    async def factory(number: int) -> ReplicaHandle:
-        return ScriptedReplica(clients[number])
-
-    options = {"limits": Limits(max_model_len=100), "restarts": RestartPolicy(max_restarts=0), **options}
-    controller = Controller(factory, count, ControllerOptions(**options))
-    await controller.start()
-    yield controller, clients
-    await controller.close()
-
-
-def settings(**scheduler: Any) -> ShoalConfig:
-    """For fake replicas."""
-    return ShoalConfig(
-        model=ModelConfig(max_model_len=512),
-        cache=CacheConfig(block_size=4),
-        scheduler=SchedulerConfig(**{"max_num_seqs": 8, **scheduler}),
-    )
-
-
-@asynccontextmanager
-async def fakes(
-    count: int,
-    step_s: float = 0.002,
-    on_make: Callable[[int, int], None] | None = None,
-    config: ShoalConfig | None = None,
-    **options: Any,
-) -> AsyncIterator[tuple[Controller, FakeReplicas]]:
-    """A controller over fake replicas that take step_s for a step."""
-    factory = FakeReplicas(config or settings(), StepLatency(base_s=step_s), on_make)
-    options = {"limits": Limits(max_model_len=512), "restarts": QUICK, "drain_timeout_s": 5.0, **options}
-    controller = Controller(factory, count, ControllerOptions(**options))
-    try:
-        await controller.start()
-        yield controller, factory
-    finally:
-        await controller.close()
-
-
-def answer(wanted: Request) -> list[int]:
-    """What an undisturbed replica says."""
-    count = wanted.sampling.max_tokens
-    assert count is not None
-    return FakeModel(VOCAB_SIZE).generate(wanted.prompt_token_ids, wanted.sampling, count)
-
-
-def outstanding(controller: Controller) -> list[int]:
-    """Tokens, per replica."""
-    return [slot.work for _, slot in sorted(controller._slots.items())]
 
 
 def test_a_request_goes_to_the_replica_with_the_least_outstanding_tokens() -> None:
@@ -289,197 +149,12 @@ def test_a_start_that_fails_stops_every_replica_and_says_why() -> None:
     run(body())
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_streams_go_on_after_deaths_without_a_gap_or_a_repeat(count: int) -> None:
-    """Every replica dies time and again, each time with streams under way."""
-
-    async def body() -> None:
-        async with fakes(count) as (controller, factory):
-            requests = [request([1, 2, number], 150, f"r{number}", temperature=1.0, seed=number) for number in range(6)]
-            streams = [asyncio.create_task(collect(controller.submit(wanted))) for wanted in requests]
-            for life in range(3):
-                for number in range(count):
-                    await _serving(controller, factory, number, life)
-                    factory.lives[number][life].kill(f"life {life}")
-            for wanted, (tokens, last) in zip(requests, await asyncio.gather(*streams), strict=True):
-                assert tokens == answer(wanted) and last.finish_reason == "length", wanted.request_id
-            status = await controller.status()
-            assert status.resumed >= 3 and status.lost == 0 and status.live_requests == 0
-            assert all(replica.restarts >= 3 for replica in status.replicas)
-            assert status.replicas[0].failures[0].cause == "rank 0: life 0"
-
-    run(body())
-
-
-async def _serving(controller: Controller, factory: FakeReplicas, number: int, life: int) -> FakeReplica:
-    """Wait until a life of a replica has given a token."""
-    slot = controller._slots[number]
-    await until(lambda: slot.life == life and slot.served, f"life {life} of replica {number} to serve")
-    return factory.lives[number][life]
-
-
-def test_what_a_request_asked_for_carries_over() -> None:
-    """min_tokens, stop ids, logprobs and prompt logprobs, seeds drawn at admission."""
-
-    async def body() -> None:
-        async with fakes(1, seed=5) as (controller, factory):
-            wanted = request([4, 5, 6], 200, "r", seed=None, temperature=1.0, logprobs=2, prompt_logprobs=1)
-            deltas: list[OutputDelta] = []
-
-            async def read() -> None:
-                async for delta in controller.submit(wanted):
-                    deltas.append(delta)
-
-            reading = asyncio.create_task(read())
-            for life in range(2):
-                (await _serving(controller, factory, 0, life)).kill()
-            await reading
-            tokens = [token for delta in deltas for token in delta.token_ids]
-            assert len(tokens) == 200 and deltas[-1].finish_reason == "length"
-            assert sum(len(delta.logprobs or []) for delta in deltas) == 200
-            assert [delta.prompt_logprobs is not None for delta in deltas].count(True) == 1
-            assert len({delta.num_cached_tokens for delta in deltas}) == 1
-
-            again = request([4, 5, 6], 200, "again", temperature=1.0, seed=_drawn(5))
-            assert (await collect(controller.submit(again)))[0] == tokens
-
-    run(body())
-
-
-def _drawn(seed: int) -> int:
-    """The first seed that a ledger draws."""
-    return random.Random(seed).getrandbits(53)
-
-
-def test_a_request_under_which_every_replica_dies_is_given_up_and_the_replica_is_not() -> None:
-    async def body() -> None:
-        async with fakes(1) as (controller, factory):
-
-            async def make(number: int) -> FakeReplica:
-                replica = await factory(number)
-                if len(factory.lives[0]) <= MAX_FRUITLESS:
-                    replica.kill("killed by SIGSEGV")
-                return replica
-
-            controller._slots[0]._factory = make
-            factory.lives[0][0].kill("killed by SIGSEGV")
-            _, last = await collect(controller.submit(request([1] * 5, 5, "poison")))
-            assert last.finish_reason == "error"
-            assert f"{MAX_FRUITLESS} replicas in a row died under this request" in (last.error or "")
-            assert "SIGSEGV" in (last.error or "")
-            fine = request([1, 2], 5, "fine")
-            assert (await collect(controller.submit(fine)))[0] == answer(fine)
-
-    run(body())
-
-
-def test_what_kills_replicas_is_found_among_many_and_the_others_are_served() -> None:
-    async def body() -> None:
-        async with fakes(1) as (controller, factory):
-
-            async def make(number: int) -> FakeReplica:
-                replica = await factory(number)
-                launch = replica.executor.launch
-
-                def dies_of_poison(plan: StepPlan) -> int:
-                    if any(row.request_id == "poison" for row in plan.rows):
-                        raise ExecutorFailed("killed by SIGSEGV", 0)
-                    return launch(plan)
-
-                replica.executor.launch = dies_of_poison  # type: ignore[method-assign]
-                return replica
-
-            controller._slots[0]._factory = make
-            factory.lives[0][0].kill()
-            wanted = [request([number], 40, f"r{number}") for number in range(7)]
-            wanted.insert(3, request([9, 9], 40, "poison"))
-            results = await asyncio.gather(*(collect(controller.submit(each)) for each in wanted))
-            for each, (tokens, last) in zip(wanted, results, strict=True):
-                if each.request_id == "poison":
-                    assert last.finish_reason == "error" and "5 replicas in a row" in (last.error or "")
-                else:
-                    assert tokens == answer(each) and last.finish_reason == "length"
-            assert (await controller.status()).lost == 1
-
-    run(body())
-
-
-def test_a_replica_that_does_not_come_up_again_is_given_up_first_cause_first() -> None:
-    async def body() -> None:
-        def make(number: int, life: int) -> None:
-            attempts.append(number)
-            if life > 0:
-                raise EngineError(f"attempt {len(attempts) - 1}: the checkpoint is gone")
-
-        attempts: list[int] = []
-        policy = RestartPolicy(max_restarts=3, first_s=0.01, longest_s=0.02)
-        async with fakes(1, on_make=make, restarts=policy) as (controller, factory):
-            stream = asyncio.create_task(collect(controller.submit(request([1, 2], 400, "r"))))
-            await _serving(controller, factory, 0, 0)
-            factory.lives[0][0].kill("killed by SIGKILL")
-            _, last = await stream
-            assert last.finish_reason == "error"
-            assert "the first cause: rank 0: killed by SIGKILL" in (last.error or "")
-            assert "4 failures in a row; the last: attempt 3: the checkpoint is gone" in (last.error or "")
-            assert len(attempts) == 4
-            with pytest.raises(EngineError, match="no replica can serve any more"):
-                await controller.health()
-            status = await controller.status()
-            assert (status.replicas[0].state, status.lost) == ("given up", 1)
-
-    run(body())
-
-
-def test_requests_wait_for_the_only_replica_within_a_bound() -> None:
-    async def body() -> None:
-        gate = asyncio.Event()
-
-        async with fakes(1, limits=Limits(max_model_len=512, max_waiting=2)) as (controller, factory):
-            make = factory.__call__
-
-            async def slow(number: int) -> FakeReplica:
-                await gate.wait()
-                return await make(number)
-
-            controller._slots[0]._factory = slow
-            factory.lives[0][0].kill()
-            await controller._slots[0].handle.client.abort([])  # type: ignore[union-attr]
-            await until(lambda: not controller._slots[0].ready, "the death to be noticed")
-            wanted = [request([number], 5, f"r{number}") for number in range(2)]
-            streams = [asyncio.create_task(collect(controller.submit(each))) for each in wanted]
-            await until(lambda: len(controller._dispatch.line) == 2, "both to wait")
-            with pytest.raises(QueueFull) as full:
-                await anext(controller.submit(request([9], 5, "r9")))
-            assert full.value.retry_after_s > 0
-            gate.set()
-            for each, (tokens, _) in zip(wanted, await asyncio.gather(*streams), strict=True):
-                assert tokens == answer(each)
-
-    run(body())
-
-
-def test_abort_and_deadline_end_a_request_that_waits() -> None:
-    async def body() -> None:
-        async with fakes(1, limits=Limits(max_model_len=512, max_in_flight=1)) as (controller, _):
-            controller._slots[0].state = "backing off"
-            waits = asyncio.create_task(collect(controller.submit(request([1], 5, "waits"))))
-            await until(lambda: len(controller._dispatch.line) == 1, "it to wait")
-            await controller.abort(["waits", "unknown"])
-            tokens, last = await waits
-            assert (tokens, last.finish_reason) == ([], "abort")
-            late = Request(request_id="late", prompt_token_ids=[1], sampling=request([1]).sampling, deadline_s=1.0)
-            assert (await collect(controller.submit(late)))[1].finish_reason == "abort"
-            controller._slots[0].state = "ready"
-
-    run(body())
-
-
 def test_scaling_down_loses_nothing_and_up_serves_more() -> None:
     async def body() -> None:
         async with fakes(3, config=settings(max_num_seqs=2)) as (controller, factory):
             wanted = [request([7, number], 120, f"r{number}") for number in range(18)]
             streams = [asyncio.create_task(collect(controller.submit(each))) for each in wanted]
-            await asyncio.gather(*(_serving(controller, factory, number, 0) for number in range(3)))
+            await asyncio.gather(*(serving(controller, factory, number, 0) for number in range(3)))
             await controller.scale(1)
             assert sorted(controller._slots) == [0]
             await controller.scale(2)
@@ -499,7 +174,7 @@ def test_a_replica_that_is_taken_away_hands_over_what_does_not_finish_in_time() 
         async with fakes(2, drain_timeout_s=0.05) as (controller, factory):
             wanted = [request([7, number], 300, f"r{number}") for number in range(4)]
             streams = [asyncio.create_task(collect(controller.submit(each))) for each in wanted]
-            await asyncio.gather(*(_serving(controller, factory, number, 0) for number in range(2)))
+            await asyncio.gather(*(serving(controller, factory, number, 0) for number in range(2)))
             await controller.scale(1)
             for each, (tokens, last) in zip(wanted, await asyncio.gather(*streams), strict=True):
                 assert tokens == answer(each) and last.finish_reason == "length"
@@ -526,7 +201,7 @@ def test_closing_ends_streams_with_an_error() -> None:
     async def body() -> None:
         async with fakes(1) as (controller, factory):
             stream = asyncio.create_task(collect(controller.submit(request([1], 400, "r"))))
-            await _serving(controller, factory, 0, 0)
+            await serving(controller, factory, 0, 0)
             await controller.close()
             _, last = await stream
             assert last.finish_reason == "error" and "closed" in (last.error or "")

@@ -15,8 +15,8 @@ from shoal.launcher.dispatch import Limits
 from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.journal import Journal, Kept, read_records
 from shoal.launcher.orphans import Orphans
+from tests.launcher.controllers import QUICK, answer, settings
 from tests.launcher.harness import request, run, until
-from tests.launcher.test_controller import QUICK, answer, settings
 
 
 def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from shoal.engine.client import EngineError
 from shoal.launcher.controller import Controller
 from shoal.launcher.leases import Lease
+from tests.launcher.controllers import answer, fakes
 from tests.launcher.harness import collect, request, run, until
-from tests.launcher.test_controller import answer, fakes
 
 
 def referenced(controller: Controller) -> int:
