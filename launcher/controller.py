@@ -11,7 +11,7 @@ emitted; the client sees one stream without a gap or a repeat. docs/failures.md 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from functools import partial
 
 import msgspec
@@ -81,11 +81,11 @@ class Controller(EngineClient):
         stored, removed = split_keys(changes.stored), split_keys(changes.removed)
         self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
-    async def start(self, on_progress: Progress | None = None) -> list[Ready]:
-        """Bring all replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after
-        stopping every replica.
+    async def start(self, on_progress: Progress | None = None, later: Collection[int] = ()) -> list[Ready]:
+        """Bring the replicas up; what each said, by number. later: those that come up in the background, whose failures
+        are theirs alone. Raises ValueError or EngineError, the first cause, after stopping every replica.
         """
-        slots = list(self._slots.values())
+        slots = [slot for slot in self._slots.values() if slot.number not in later]
         tasks = [asyncio.ensure_future(slot.bring_up(on_progress)) for slot in slots]
         try:
             readies = await asyncio.gather(*tasks)
@@ -97,6 +97,8 @@ class Controller(EngineClient):
             raise
         for slot in slots:
             slot.supervise()
+        for number in later:
+            self._slots[number].start_supervised()
         return readies
 
     async def scale(self, num_replicas: int) -> None:

@@ -141,11 +141,11 @@ class DetachedController:
         count = max(found) + 1 if found else config.parallel.data
         if found:
             logger.warning("%s: the controller is back and finds replicas %s", order.name, found)
-        missing = [number for number in range(count) if number not in found]
-        if missing and not found:
-            await fleet.prepare(missing)
+        else:
+            await fleet.prepare(range(count))
+        missing = [number for number in range(count) if number not in found] if found else []
         controller = make_controller(fleet.make, count, fleet.settled)
-        readies = await controller.start(self._tell)
+        readies = await controller.start(self._tell, later=missing)  # what runs neither waits nor ends with them
         self._controller = controller
         ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
         door = ControllerDoor(controller, ready, cluster.own_node().address)
