@@ -30,7 +30,7 @@ def check_together(
         if wrong.isdisjoint(keys):
             yield from check(config, given)
     if wrong.isdisjoint(_LAYOUT_KEYS):
-        yield from _launcher(config, environ)
+        yield from _launcher(config, given, environ)
 
 
 def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
@@ -142,6 +142,17 @@ def _runtime(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
         )
 
 
+_FIXED_AT_START = frozenset(
+    [f"model.{name}" for name in ("dtype", "quantization", "max_model_len")]
+    + [f"runtime.{name}" for name in ("device", "deterministic", "threads", "collectives", "native")]
+    + [
+        f"launcher.{name}"
+        for name in ("step_timeout_s", "controller_grace_s", "max_restarts", "routing", "load_factor")
+    ]
+)
+"""Beside the layout, cache and scheduler: what a detached model was started with, and a front end cannot change."""
+
+
 def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     launcher = config.launcher
     elsewhere = launcher.kind == "auto" and launcher.address != "auto"
@@ -161,7 +172,7 @@ def _ray(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
                 message=f"would not be used: launcher.attach = {launcher.attach} starts nothing; leave one of them out",
             )
         for key in sorted(given):
-            if key.startswith(("parallel.", "cache.", "scheduler.")):
+            if key.startswith(("parallel.", "cache.", "scheduler.")) or key in _FIXED_AT_START:
                 section, _, name = key.partition(".")
                 value = getattr(getattr(config, section), name)
                 message = (
@@ -179,7 +190,7 @@ def _collectives(kind: str, reason: str) -> Problem:
     return Problem(key="runtime.collectives", value=kind, message=f"these collectives {reason}")
 
 
-def _launcher(config: ShoalConfig, environ: Mapping[str, str]) -> Iterator[Problem]:
+def _launcher(config: ShoalConfig, given: set[str], environ: Mapping[str, str]) -> Iterator[Problem]:
     kind, world_size = config.launcher.kind, config.world_size
     layout = " x ".join(str(size) for size in (config.parallel.tensor, config.parallel.pipeline, config.parallel.data))
     if kind == "inprocess" and world_size != 1:
@@ -199,6 +210,13 @@ def _launcher(config: ShoalConfig, environ: Mapping[str, str]) -> Iterator[Probl
         )
     elif kind == "torchrun" or (kind == "auto" and is_torchrun(environ)):
         yield from _torchrun_size(environ["WORLD_SIZE"], world_size, layout)
+        if "launcher.max_restarts" in given and config.launcher.max_restarts > 0:
+            yield Problem(
+                key="launcher.max_restarts",
+                value=str(config.launcher.max_restarts),
+                message="would not be used: the processes are torchrun's, which ends all with the first; leave it out, "
+                "and give torchrun --max-restarts",
+            )
 
 
 def _torchrun_size(text: str, world_size: int, layout: str) -> Iterator[Problem]:

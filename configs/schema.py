@@ -215,9 +215,12 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Meta(description="Seconds one step, or one collective in it, may take."),
     ] = 120.0
     hang_timeout_s: Annotated[
-        Seconds,
+        float,
         Meta(
-            description="Seconds without a sign of life, or of progress in a step, after which a rank or engine hangs."
+            ge=1.5,
+            le=1e6,
+            description="Seconds without a sign of life, which comes once a second, or of progress in a step, after "
+            "which a rank or engine hangs.",
         ),
     ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0

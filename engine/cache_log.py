@@ -30,9 +30,10 @@ def split_keys(joined: bytes) -> list[bytes]:
 class CacheLog:
     """Written by a BlockPool, taken by the engine's loop after each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, anew: bool = False) -> None:
+        """anew: tell the whole content first, for a cache that holds something already."""
         self._changes: dict[bytes, bool] = {}
-        self._overflowed = False
+        self._overflowed = anew
 
     def stored(self, key: bytes) -> None:
         """The block with this key can be found now."""

@@ -227,12 +227,12 @@ class EngineCore:
         )
 
     def tell_cache(self) -> None:
-        """Keep note of what the prefix cache holds from now on, for `cache_changes`: of the first group that sees all
-        positions.
+        """Keep note of what the prefix cache holds, all of it first, for `cache_changes`: of the first group that sees
+        all positions. Call for each new listener.
         """
         windows, pools = self.scheduler.tables.windows, self.scheduler.tables.pools
         self._told_pool = pools[windows.index(None) if None in windows else 0]
-        self._told_pool.log = CacheLog()
+        self._told_pool.log = CacheLog(anew=bool(self._told_pool.keys))
 
     def cache_changes(self) -> CacheChanges | None:
         """What the prefix cache gained and lost since the last call; None when nothing, or when not asked to tell."""

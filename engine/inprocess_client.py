@@ -16,7 +16,6 @@ from shoal.engine.engine_core import EngineCore
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 
 IDLE_CHECK_S = 0.5  # between looks at the executor's health while there is nothing to do
-SWITCH_S = 0.0005  # between chances for another thread of Python to run: the usual 5 ms are as long as a small step
 
 T = TypeVar("T")
 

@@ -47,9 +47,7 @@ class PlainWeight(PreparedWeight):
 
         Raises ValueError when dtypes differ.
         """
-        if x_MK.dtype != self.dtype or (bias is not None and bias.dtype != self.dtype):
-            theirs = "none" if bias is None else bias.dtype
-            raise ValueError(f"linear needs one dtype; x is {x_MK.dtype}, weight {self.dtype}, bias {theirs}")
+        self.check(x_MK, bias)
         if not on_gpu(x_MK):
             return F.linear(x_MK, self.rows(torch.arange(self.shape[0], device=self.device)), bias)
         from shoal.kernels.gpu.linear import launch_linear

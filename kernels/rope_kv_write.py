@@ -48,9 +48,9 @@ def rope_kv_write(
 ) -> None:
     """Queries normed and rotated in place; keys, so treated, and values written to the caches.
 
-        heads: [num_tokens, num_heads + 2 num_kv_heads, head_dim], queries, keys, values, the last two dimensions
+    heads: [num_tokens, num_heads + 2 num_kv_heads, head_dim], queries, keys, values, the last two dimensions
     contiguous; the keys in it are undefined afterwards. norm: None for none. cos_sin: as rope_ takes it, None for no
-    rotary     positions. caches, slot_mapping: as kv_write takes them.
+    rotary positions. caches, slot_mapping: as kv_write takes them.
     """
     num_kv_heads = (heads_TGD.shape[1] - num_heads) // 2
     if on_gpu(heads_TGD):

@@ -19,7 +19,7 @@ from shoal.launcher.controller import Controller
 from shoal.launcher.replica_messages import TO_ENGINE, Beat, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
-from shoal.parallel.control_connect import Listener, new_key
+from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener, new_key
 
 ACCEPT_SLICE_S = 0.5
 BEAT_INTERVAL_S = 1.0
@@ -49,7 +49,7 @@ class ControllerDoor:
             while True:
                 try:
                     channel = await asyncio.to_thread(
-                        self._listener.accept, self.key, TO_ENGINE, "a front end", ACCEPT_SLICE_S
+                        self._listener.accept, self.key, TO_ENGINE, "a front end", ACCEPT_SLICE_S, HANDSHAKE_TIMEOUT_S
                     )
                 except ControlTimeout:
                     continue

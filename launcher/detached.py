@@ -30,7 +30,7 @@ from shoal.launcher.ray_cluster import Cluster
 from shoal.launcher.ray_fleet import RayFleet
 from shoal.launcher.ray_places import end_crews
 from shoal.launcher.replica_messages import Ready, Starting
-from shoal.launcher.replicas import controller_options
+from shoal.launcher.replicas import make_controller
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.families import load_spec
 from shoal.model.spec import DecoderSpec
@@ -144,7 +144,7 @@ class DetachedController:
         missing = [number for number in range(count) if number not in found]
         if missing and not found:
             await fleet.prepare(missing)
-        controller = Controller(fleet.make, count, controller_options(fleet.settled))
+        controller = make_controller(fleet.make, count, fleet.settled)
         readies = await controller.start(self._tell)
         self._controller = controller
         ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))

@@ -130,7 +130,6 @@ class Dispatch:
                     return
                 async with aclosing(self._follow(slot, entry)) as deltas:
                     async for delta in deltas:
-                        entry.delivered = len(entry.emitted)
                         yield delta
                         if delta.finish_reason is not None:
                             return
@@ -262,7 +261,6 @@ class Dispatch:
         entry.firm = True
         self.resumed += 1
         if not entry.moving:
-            entry.deaths += 1
             entry.fruitless += 1
         return entry.fruitless < MAX_FRUITLESS
 

@@ -122,11 +122,12 @@ def _bring_up_and_serve(bootstrap: EngineBootstrap, zygote: ZygoteConnection, fr
     try:
         core = vital.core = EngineCore(config, executor)
         vital.watch = executor.watch
-        if config.launcher.routing == "prefix" and config.cache.enable_prefix_caching:
-            core.tell_cache()
+        tells = config.launcher.routing == "prefix" and config.cache.enable_prefix_caching
         engine = ProcessPlace(platform.node(), os.getpid())
         ready = Ready(capacity=executor.capacity, report=report, engine=engine, ranks=group.places)
         while True:
+            if tells:
+                core.tell_cache()
             server = EngineServer(core, front.channel, executor)
             try:
                 front.channel.send(ready, TELL_TIMEOUT_S)

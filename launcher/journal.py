@@ -155,12 +155,19 @@ class Journal:
 
     def _append(self, entry: Entry, record: bytes) -> None:
         """One write. A short one (a full disk) is taken back, so that the file holds whole records."""
-        written = os.write(self._fd, record)
-        if written < len(record):
+        try:
+            self._write(self._fd, record)
+        except OSError:
             os.ftruncate(self._fd, self._bytes)
-            raise OSError(f"{self.path}: the disk took {written} of {len(record)} bytes; is it full?")
-        self._bytes += written
+            raise
+        self._bytes += len(record)
         self._apply(entry)
+
+    def _write(self, fd: int, record: bytes) -> None:
+        """All of it. Raises OSError."""
+        written = os.write(fd, record)
+        if written < len(record):
+            raise OSError(f"{self.path}: the disk took {written} of {len(record)} bytes; is it full?")
 
     def _apply(self, entry: Entry) -> None:
         match entry:
@@ -198,7 +205,8 @@ class Journal:
             size = 0
             for kept in self.live.values():
                 for record in _records(kept):
-                    size += os.write(fd, record)
+                    self._write(fd, record)
+                    size += len(record)
             os.fdatasync(fd)
             os.replace(temporary, self.path)
         except BaseException:

@@ -46,7 +46,6 @@ class ZygoteConnection:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._next_id = 0
-        self._waiting: list[Exited] = []
         self.running: dict[int, str] = {}
         self.pids: dict[int, int] = {}
 

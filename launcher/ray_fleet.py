@@ -53,7 +53,7 @@ class RayFleet:
     ) -> None:
         """name: of a detached model, whose crews outlive this process; None when they end with it."""
         self._name = name
-        self._cluster, self._given, self._spec, self._worker = cluster, config, spec, worker
+        self._cluster, self._spec, self._worker = cluster, spec, worker
         self._device = _choose_device(config, cluster.nodes())
         seed = secrets.randbits(62) if config.runtime.seed is None else config.runtime.seed
         runtime = msgspec.structs.replace(config.runtime, device=self._device, seed=seed)

@@ -43,6 +43,19 @@ def make_routing(config: ShoalConfig) -> Routing:
             return LeastLoaded()
 
 
+def make_controller(
+    factory: ReplicaFactory,
+    count: int,
+    settled: Settled,
+    on_close: Callable[[], Awaitable[None]] | None = None,
+    *,
+    rebuild: bool = True,
+) -> Controller:
+    """The controller of `count` replicas, as the settings want it. on_close, rebuild: see start_replicas."""
+    options = controller_options(settled, rebuild=rebuild)
+    return Controller(factory, count, options, make_routing(settled.config), on_close)
+
+
 async def start_replicas(
     factory: ReplicaFactory,
     settled: Settled,
@@ -55,9 +68,7 @@ async def start_replicas(
 
     Raises ValueError or EngineError, the first cause, after stopping every replica.
     """
-    options = controller_options(settled, rebuild=rebuild)
-    routing = make_routing(settled.config)
-    controller = Controller(factory, settled.config.parallel.data, options, routing, on_close)
+    controller = make_controller(factory, settled.config.parallel.data, settled, on_close, rebuild=rebuild)
     readies = await controller.start(on_progress)
     max_model_len = min(ready.capacity.max_model_len for ready in readies)
     return StartedEngine(

@@ -1,7 +1,7 @@
 """RequestLedger: what the controller keeps of every request it has accepted, so that none is lost with a replica.
 
 Per request: the prompt and parameters as they came (with the seed that was drawn at admission), the tokens received so
-far, how many of them were delivered, and where it runs.
+far, and where it runs.
 """
 
 import asyncio
@@ -23,16 +23,14 @@ SEED_BITS = 53
 class Entry:
     """One live request.
 
-    emitted: its output so far, with what it brought along. delivered: absolute output position up to which the client
-    has it. slot: where it runs, None while it waits. fruitless: deaths of replicas under it in a row without a token in
-    between. firm: it may not be refused any more. refused_by: replicas that were full. work: prompt and expected output
-    tokens its replica has not computed yet. started_here: its replica has given a token. moving: it is to go elsewhere.
+    emitted: its output so far, with what it brought along. slot: where it runs, None while it waits. fruitless: deaths
+    of replicas under it in a row without a token in between. firm: it may not be refused any more. refused_by: replicas
+    that were full. work: prompt and expected output tokens its replica has not computed yet. started_here: its replica
+    has given a token. moving: it is to go elsewhere.
     """
 
     __slots__ = (
         "aborted",
-        "deaths",
-        "delivered",
         "emitted",
         "firm",
         "fruitless",
@@ -51,12 +49,11 @@ class Entry:
     def __init__(self, request: Request, number: int) -> None:
         self.request, self.number = request, number
         self.emitted = list(request.emitted_token_ids)
-        self.delivered = len(self.emitted)
         self.slot: ReplicaSlot | None = None
         self.turn: asyncio.Future[None] | None = None
         self.aborted = self.firm = self.moving = self.started_here = self.prompt_logprobs_told = False
         self.refused_by: set[int] = set()
-        self.deaths = self.fruitless = self.work = 0
+        self.fruitless = self.work = 0
         self.num_cached_tokens: int | None = None
 
     @property

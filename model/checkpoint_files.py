@@ -64,8 +64,8 @@ def index_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 class Checkpoint:
     """The weight files of a folder, opened, with checked headers; no weights are read. A context manager.
 
-    config, generation_config: the parsed files ({} where there is no generation_config). tensors: name -> (file,
-    TensorInfo). Raises CheckpointError (a ValueError) that names file and tensor.
+    config: the parsed file. tensors: name -> (file, TensorInfo). Raises CheckpointError (a ValueError) that names file
+    and tensor.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,8 +73,6 @@ class Checkpoint:
         if not self.folder.is_dir():
             refuse_other_formats(self.folder)
         self.config = read_json(self.folder / "config.json")
-        generation = self.folder / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.is_file() else {}
         self.files: list[SafetensorsFile] = []
         self.tensors: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
         try:

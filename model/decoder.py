@@ -2,7 +2,7 @@
 
     hidden = stage.embed(batch)                        # first stage
     hidden = stage.forward(batch, hidden, cache)       # every stage; hidden [num_tokens, hidden_size] travels
-    between them logits = stage.logits(hidden[rows])                # last stage
+    logits = stage.logits(hidden[rows])                # last stage
 
 Under tensor parallelism every rank of the group calls the same methods in the same order. Collectives: one all-reduce
 for the embedding, two per layer (one where both branches read the same input), one gather for the logits.
@@ -149,7 +149,7 @@ class Stage:
 
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
-    on_layer: called after each layer, so that somebody sees a long step advance.
+    on_layer: called after each layer and head, so that somebody sees a long step advance.
     max_model_len: positions that may occur; default: the model's own limit.
     """
 
@@ -235,6 +235,8 @@ class Stage:
         if self.embed_out is not None:
             normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
         logits_RV = self.head(normed_RH)
+        if self.on_layer is not None:
+            self.on_layer()  # scoring a long prompt calls this many times
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)
         return logits_RV

@@ -255,8 +255,9 @@ def plan_cache(
     """Blocks per cache group that every rank can hold.
 
     reports: one per rank of a replica, in rank order. windows: DecoderSpec.cache_windows. device_type: "cuda" or "cpu";
-    ranks_per_device: ranks, of all replicas, that share a device (1 on GPUs, the host's ranks on a CPU). Honours
-    cache.num_blocks, memory, reserve and gpu_memory_utilization. Raises ValueError naming number, rank and fix.
+    ranks_per_device: ranks, of all replicas, that share a device (parallel.ranks_per_device on GPUs, the host's ranks
+    on a CPU). Honours cache.num_blocks, memory, reserve and gpu_memory_utilization. Raises ValueError naming number,
+    rank and fix.
     """
     return CachePlanner(reports, windows, config, max_model_len, device_type, ranks_per_device).plan()
 

@@ -15,7 +15,7 @@ SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 co
 
 
 def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
-    """Bytes of a rank's parameters, exactly."""
+    """Bytes of a rank's parameters, before the C kernels' padding of float weights to whole panels of 32 columns."""
     return sum(parameter.num_bytes(itemsize) for parameter in local_parameters(spec, shard))
 
 

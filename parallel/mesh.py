@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Literal
 
 import torch.distributed as dist
 
@@ -22,7 +21,6 @@ from shoal.parallel.shm_segment import SegmentError, SharedSegment
 from shoal.parallel.staged_comm import StagedCommunicator
 from shoal.parallel.torch_comm import TorchCommunicator
 
-Backend = Literal["shm", "gloo", "nccl"]
 GLOO_DEVICE = "GLOO_SOCKET_IFNAME"
 SEGMENT_FAILED = "failed: "
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")

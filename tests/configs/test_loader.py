@@ -203,7 +203,9 @@ def test_world_size_of_torchrun_must_be_the_layouts() -> None:
     assert load_config("tp2_pp2", environ=TORCHRUN).config.world_size == 4
     with pytest.raises(ConfigError, match=r"torchrun started 4 processes, but the layout 2 x 1 x 1 .* has 2"):
         load_config("tp2", environ=TORCHRUN)
-    load_config("tp2", {"launcher.kind": "local"}, environ=TORCHRUN)
+    with pytest.raises(ConfigError, match=r"would not be used: the processes are torchrun's"):
+        load_config("tp2_pp2", {"launcher.max_restarts": 3}, environ=TORCHRUN)
+    load_config("tp2", {"launcher.kind": "local", "launcher.max_restarts": 3}, environ=TORCHRUN)
     slurm = {name: value for name, value in TORCHRUN.items() if not name.startswith("TORCHELASTIC")}
     load_config("tp2", environ=slurm)
     load_config("tp2_pp2", {"launcher.kind": "torchrun"}, environ=slurm)
@@ -250,6 +252,11 @@ def test_keywords_are_those_vllm_users_know() -> None:
     assert "did you mean max_model_len" in str(refusal(keywords={"max_modellen": 3}))
 
 
+def test_a_hang_is_not_shorter_than_the_time_between_two_signs_of_life() -> None:
+    assert load_config(None, {"launcher.hang_timeout_s": 1.5}, environ={}).config.launcher.hang_timeout_s == 1.5
+    assert "1.5" in str(refusal(overrides={"launcher.hang_timeout_s": 1.0}))
+
+
 def test_bad_default_sampling_is_refused_with_its_change() -> None:
     resolved = load_config(None, {"sampling.n": 2}, environ={})
     with pytest.raises(ConfigError, match="must be 1 with temperature = 0"):
@@ -266,6 +273,9 @@ def test_bad_default_sampling_is_refused_with_its_change() -> None:
         ({"launcher.ray_auth": "off"}, "is about Ray clusters, and launcher.kind is auto"),
         ({"launcher.kind": "ray", "launcher.address": "10.0.0.1"}, "must be auto, local, or host:port"),
         ({"launcher.attach": "prod", "parallel.tensor": 2}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "model.quantization": "int8"}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "runtime.deterministic": True}, "runs already with settings of its own"),
+        ({"launcher.attach": "prod", "launcher.routing": "round_robin"}, "runs already with settings of its own"),
         ({"launcher.attach": "prod", "launcher.kind": "local"}, "starts nothing"),
     ],
 )

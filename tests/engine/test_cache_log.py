@@ -51,3 +51,15 @@ def test_following_an_engine_gives_its_cache_after_every_step() -> None:
                 held = follow(held, core.cache_changes())
                 assert held == {key[:KEY_BYTES] for key in pool.keys}
         assert held
+
+
+def test_the_next_listener_is_told_all_there_is() -> None:
+    core = make_core(make_capacity(num_blocks=24))
+    core.tell_cache()
+    core.add(make_request("r", [*range(12)], 2))
+    while core.has_work:
+        core.step()
+    core.cache_changes()
+    keys = {key[:KEY_BYTES] for key in core.scheduler.tables.pools[0].keys}
+    core.tell_cache()
+    assert keys and follow(set(), core.cache_changes()) == keys

@@ -1,6 +1,7 @@
 """The journal: what was accepted and emitted is there after a kill at any byte; the file stays bounded."""
 
 import asyncio
+import os
 import random
 from pathlib import Path
 
@@ -161,3 +162,20 @@ def test_a_request_is_not_accepted_when_it_cannot_be_kept(tmp_path: Path) -> Non
         await controller.close()
 
     run(body())
+
+
+def test_a_disk_that_fills_while_rewriting_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Journal(tmp_path / "j")
+    kept.accepted(request([1, 2, 3], 9, "a"))
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
+    with pytest.raises(OSError, match="is it full"):
+        kept.compact()
+    with pytest.raises(OSError, match="is it full"):
+        kept.accepted(request([4], 9, "b"))
+    monkeypatch.undo()
+    kept.accepted(request([5], 9, "c"))
+    kept.close()
+    again = Journal(tmp_path / "j")
+    assert list(again.live) == ["a", "c"] and again.torn_bytes == 0
+    again.close()

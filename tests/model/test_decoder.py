@@ -87,6 +87,16 @@ def test_greedy_tokens_equal_transformers(root: Path) -> None:
     assert model.greedy("a", 40) == expected[0, len(prompt) :].tolist()
 
 
+def test_every_layer_and_every_head_is_told(root: Path) -> None:
+    spec, (stage,) = make_stages(make_model("llama", root))
+    told: list[None] = []
+    stage.on_layer = lambda: told.append(None)
+    model = PagedModel(spec, [stage], 5)
+    model.add("a", tokens(9))
+    model.run("a", [9])
+    assert len(told) == len(spec.layers) + 1
+
+
 @pytest.fixture
 def without_native() -> Iterator[None]:
     """Run the test as on a machine without a C compiler."""
