@@ -86,8 +86,12 @@ class EngineServer:
                 self._shutdown = True
 
     def _submit(self, request: Request) -> None:
-        """Accept a request or say why not."""
+        """Accept a request or say why not. Once the core has failed, the Failure that follows is the answer: it tells a
+        death from a refusal.
+        """
         request_id = request.request_id
+        if self._core.failure is not None:
+            return
         try:
             if self._draining:
                 raise EngineError("the engine is draining and takes no new requests")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,14 +132,18 @@ def test_nothing_outlives_a_script_that_is_ended(number: int, tmp_path: Path) ->
     assert shared_files() <= before
 
 
-def test_a_killed_rank_ends_its_group_and_is_named(tmp_path: Path) -> None:
-    with LLM("demo", tensor_parallel_size=2) as llm:
-        tree = psutil.Process().children(recursive=True)
-        rank = next(child for child in tree if child.name().startswith("shoal-rank-1"))
-        rank.kill()
-        with pytest.raises(Exception, match=r"rank 1.*SIGKILL"):
-            for _ in range(100):
-                llm.generate("import os", SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+def test_a_killed_rank_ends_its_group_is_named_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    with LLM("demo", tensor_parallel_size=2, deterministic=True) as llm, caplog.at_level("WARNING", "shoal"):
+        before = llm.generate("import os", params, use_tqdm=False)[0].outputs[0].token_ids
+        group = [child for child in psutil.Process().children(recursive=True) if "shoal-rank" in child.name()]
+        next(child for child in group if child.name().startswith("shoal-rank-1")).kill()
+        deadline = time.monotonic() + 60.0
+        while "is ready again" not in caplog.text:
+            assert time.monotonic() < deadline, caplog.text
+            assert llm.generate("import os", params, use_tqdm=False)[0].outputs[0].token_ids == before
+        assert re.search(r"rank 1.*SIGKILL", caplog.text)
+        assert not psutil.wait_procs(group, timeout=10)[1], "a rank of the old group still runs"
     names = [child.name() for child in psutil.Process().children(recursive=True)]
     assert not any(name.startswith("shoal-rank") for name in names)
 

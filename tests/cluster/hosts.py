@@ -5,6 +5,7 @@ Needs root and iproute2. Everything ends with the fixture: what runs in the name
 
 import contextlib
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ class Host:
         self.address = f"10.77.{int(tag[:2], 16)}.{number + 1}"
         self.inside, self.outside = "eth0", f"sh{tag}{number}"
         self.folder = Path(tempfile.mkdtemp(prefix=f"sh{tag}{number}-", dir="/tmp"))
+        self.files = Path("/etc/netns") / self.name
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -50,6 +52,14 @@ class Host:
         )
         self.started.append(process)
         return process
+
+    def name_itself(self) -> None:
+        """The files `ip netns exec` puts into /etc there: the machine's name is this address, and no name is asked of a
+        server that cannot be reached.
+        """
+        self.files.mkdir(parents=True)
+        (self.files / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {platform.node()}\n")
+        (self.files / "resolv.conf").write_text(f"nameserver {self.address}\noptions timeout:1 attempts:1\n")
 
     def pids(self) -> list[int]:
         """Of everything that runs in the namespace."""
@@ -107,6 +117,7 @@ def joined_hosts(count: int) -> Iterator[list[Host]]:
         _ip("link", "add", bridge, "type", "bridge")
         _ip("link", "set", bridge, "up")
         for host in hosts:
+            host.name_itself()
             _ip("netns", "add", host.name)
             _ip("link", "add", host.outside, "type", "veth", "peer", "name", host.inside, "netns", host.name)
             _ip("link", "set", host.outside, "master", bridge, "up")
@@ -123,5 +134,8 @@ def joined_hosts(count: int) -> Iterator[list[Host]]:
                 with contextlib.suppress(RuntimeError):
                     _ip(*undo)
             shutil.rmtree(host.folder, ignore_errors=True)
+            shutil.rmtree(host.files, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Path("/etc/netns").rmdir()  # when it is empty
         with contextlib.suppress(RuntimeError):
             _ip("link", "del", bridge)
