@@ -88,3 +88,12 @@ def test_one_rank_runs_in_this_process_and_reports_its_choices() -> None:
             await engine.client.close()
 
     asyncio.run(body())
+
+
+def test_settings_of_the_controller_are_said_to_be_idle_in_process(caplog: pytest.LogCaptureFixture) -> None:
+    async def start_and_close() -> None:
+        resolved = load_config(keywords={"max_restarts": 1, "routing": "round_robin"})
+        await (await start_engine(resolved, DEMO)).client.close()
+
+    asyncio.run(start_and_close())
+    assert "launcher.routing, launcher.max_restarts: no effect on one rank" in caplog.text
