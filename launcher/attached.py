@@ -1,10 +1,11 @@
 """AttachedReplica: a controller in another process as a front end's own controller sees it: one big replica.
 
-When that controller dies, the handle's life ends; the next life connects to the restarted one, and the front end's
-requests go on from the tokens it holds.
+When that controller dies, the handle's life ends; the next life connects to the restarted one under the same id, and
+the front end's requests, which go on there already, are joined at the tokens it holds.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 
@@ -14,7 +15,7 @@ from shoal.engine.client import EngineError
 from shoal.engine.messages import Message
 from shoal.launcher.replica import Progress, ReplicaHandle
 from shoal.launcher.replica_client import ReplicaClient
-from shoal.launcher.replica_messages import FROM_ENGINE, FromEngine, Ready, Renew, Starting
+from shoal.launcher.replica_messages import FROM_ENGINE, Enter, FromEngine, Ready, Renew, Starting
 from shoal.parallel.control import Channel, ControlError
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import connect
@@ -46,14 +47,21 @@ AskDoor = Callable[[], Awaitable[Door | NotYet]]
 """Raises EngineError while the controller cannot be reached, ValueError when there is none and will be none."""
 
 
+def new_front_end() -> str:
+    """An id that no other front end has."""
+    return secrets.token_hex(16)
+
+
 class AttachedReplica(ReplicaHandle):
     """One connection to a controller."""
 
     client: ReplicaClient
 
-    def __init__(self, ask: AskDoor, silence_s: float, name: str) -> None:
-        """silence_s: after which the controller counts as hung. name: how errors call it."""
-        self._ask, self._silence_s, self._name = ask, silence_s, name
+    def __init__(self, ask: AskDoor, silence_s: float, name: str, front_end: str) -> None:
+        """silence_s: after which the controller counts as hung. name: how errors call it. front_end: who connects, the
+        same for all lives, so that the controller knows its requests again (`new_front_end`).
+        """
+        self._ask, self._silence_s, self._name, self._front_end = ask, silence_s, name, front_end
         self._channel: AsyncChannel[FromEngine] | None = None
         self._client: ReplicaClient | None = None
         self._renewing: asyncio.Task[None] | None = None
@@ -83,6 +91,7 @@ class AttachedReplica(ReplicaHandle):
             connect, door.address, door.key, FROM_ENGINE, self._name, CONNECT_TIMEOUT_S
         )
         self._channel = await AsyncChannel.adopt(channel)
+        self._channel.post(Enter(front_end=self._front_end))
         ready = await self._channel.receive(READY_TIMEOUT_S)
         if not isinstance(ready, Ready):
             raise EngineError(f"{self._name} sent a {type(ready).__name__} instead of Ready")

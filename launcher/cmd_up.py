@@ -7,6 +7,7 @@ shoal status prod; shoal scale prod --replicas 3; shoal down prod
 
 import argparse
 import asyncio
+import secrets
 import sys
 import time
 
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     spec, _ = load_spec(model_dir)
     # a layout the model cannot have is refused before anything is started
     shard_model(spec, config.parallel, config.model.quantization)
-    order = DetachedOrder(name=name, config=config, model_path=portable(config, model_dir))
+    launch = secrets.token_hex(8)
+    order = DetachedOrder(name=name, launch=launch, config=config, model_path=portable(config, model_dir))
     asyncio.run(_up(order))
     return 0
 

@@ -2,21 +2,22 @@
 
 To such a front end the controller is one big replica (`shoal.launcher.attached`). One that goes away ends its requests
 at once, so their blocks are free again; so does one that is not heard for LEASE_S, stopped or cut off: should it come
-back, it connects again and gives its requests in anew.
+back, it connects again and gives its requests in anew. Nothing is said of a request, but that it is refused, before the
+journal holds it; after the controller's own death front ends join what goes on already (`shoal.launcher.orphans`).
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, cast
 
 import msgspec
 
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import Abort, Drain, Drained, EngineStats, OutputDelta, Request, StatsQuery, Submit
 from shoal.launcher.controller import Controller
-from shoal.launcher.replica_messages import TO_ENGINE, Beat, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
+from shoal.launcher.orphans import Orphans
+from shoal.launcher.replica_messages import TO_ENGINE, Beat, Enter, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener, new_key
@@ -31,12 +32,14 @@ logger = logging.getLogger("shoal")
 class ControllerDoor:
     """Listens from the start; `serve` until cancelled. address, key: what front ends connect with."""
 
-    def __init__(self, controller: Controller, ready: Ready, host: str) -> None:
-        """ready: told to every front end. host: the interface to listen on. Raises ControlError."""
-        self._controller, self._ready = controller, ready
+    def __init__(self, controller: Controller, orphans: Orphans, ready: Ready, host: str) -> None:
+        """orphans: of the same controller. ready: told to every front end. host: the interface to listen on. Raises
+        ControlError.
+        """
+        self._controller, self._orphans, self._ready = controller, orphans, ready
         self._listener, self.key = Listener.tcp(host), new_key()
         self._clients: set[asyncio.Task[None]] = set()
-        self._count = 0
+        self._places: dict[str, asyncio.Task[None]] = {}
 
     @property
     def address(self) -> str:
@@ -57,9 +60,7 @@ class ControllerDoor:
                     logger.warning("a front end could not be let in: %s", error)
                     await asyncio.sleep(ACCEPT_SLICE_S)
                     continue
-                self._count += 1
-                guest = _Guest(self._controller, await AsyncChannel.adopt(channel), self._count)
-                task = asyncio.create_task(guest.serve(self._ready))
+                task = asyncio.create_task(self._serve_one(await AsyncChannel.adopt(channel)))
                 self._clients.add(task)
                 task.add_done_callback(self._clients.discard)
         finally:
@@ -68,12 +69,38 @@ class ControllerDoor:
                 task.cancel()
             await asyncio.gather(*self._clients, return_exceptions=True)
 
+    async def _serve_one(self, channel: "AsyncChannel[ToEngine]") -> None:
+        """One connection of a front end; an older one of the same front end ends first, and with it what it had."""
+        task = asyncio.current_task()
+        assert task is not None
+        name = ""
+        try:
+            enter = await channel.receive(LEASE_S)
+            if not isinstance(enter, Enter):
+                logger.warning("a front end began with a %s and is not let in", type(enter).__name__)
+                return
+            name = enter.front_end
+            older, self._places[name] = self._places.get(name), task
+            if older is not None:
+                older.cancel()
+                await asyncio.wait([older])
+            await _Guest(self._controller, self._orphans, channel, name).serve(self._ready)
+        except ControlError as error:
+            logger.info("a front end has left: %s", error)
+        finally:
+            channel.close()
+            if self._places.get(name) is task:
+                del self._places[name]
+
 
 class _Guest:
-    """One front end. Its request ids get a prefix here: they are unique to it only."""
+    """One front end. Its request ids get its name as a prefix here: they are unique to it only."""
 
-    def __init__(self, controller: Controller, channel: "AsyncChannel[ToEngine]", number: int) -> None:
-        self._controller, self._channel, self._prefix = controller, channel, f"{number}/"
+    def __init__(
+        self, controller: Controller, orphans: Orphans, channel: "AsyncChannel[ToEngine]", front_end: str
+    ) -> None:
+        self._controller, self._orphans, self._channel = controller, orphans, channel
+        self._prefix = f"{front_end}/"
         self._streams: dict[str, asyncio.Task[None]] = {}
 
     async def serve(self, ready: Ready) -> None:
@@ -83,14 +110,11 @@ class _Guest:
             while True:
                 if not await self._take(await self._channel.receive(LEASE_S)):
                     return
-        except ControlError as error:
-            logger.info("a front end has left: %s", error)
         finally:
             tasks = [beat, *self._streams.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._channel.close()
 
     async def _take(self, message: ToEngine) -> bool:
         """Act on a message; False for the last one."""
@@ -110,7 +134,7 @@ class _Guest:
                 await self._channel.send(Drained(unfinished=sorted(self._streams)))
             case Shutdown():
                 return False
-            case Renew():
+            case Enter() | Renew():
                 pass
         return True
 
@@ -118,8 +142,7 @@ class _Guest:
         """Pass a request on and its deltas back."""
         inner = msgspec.structs.replace(request, request_id=self._prefix + request.request_id)
         try:
-            stream = cast(Any, self._controller.submit(inner))
-            async with aclosing(stream) as deltas:
+            async with aclosing(self._orphans.submit(inner)) as deltas:
                 await self._pass_back(request.request_id, deltas)
         except ControlError:
             pass  # the reader finds the channel closed, and ends all of this front end

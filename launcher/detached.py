@@ -1,7 +1,8 @@
 """A detached model: a controller in an actor of the cluster that outlives the command that started it (`shoal up`).
 
 The actor is restartable. A restarted one finds its crews by name, takes over the engines that have held out
-(launcher.controller_grace_s) and lets front ends in again; these hold their requests and give them in anew.
+(launcher.controller_grace_s), has what its journal says was accepted go on, and lets front ends in again, which join
+it. Without the journal (it was restarted on another host) front ends give in anew what they hold.
 """
 
 import asyncio
@@ -25,12 +26,15 @@ from shoal.launcher.controller import Controller
 from shoal.launcher.controller_door import ControllerDoor
 from shoal.launcher.controller_status import ControllerStatus
 from shoal.launcher.crew_messages import HostRefused
+from shoal.launcher.journal import Journal
 from shoal.launcher.loop_thread import LoopThread
+from shoal.launcher.orphans import Orphans
 from shoal.launcher.ray_cluster import Cluster
 from shoal.launcher.ray_fleet import RayFleet
 from shoal.launcher.ray_places import end_crews
 from shoal.launcher.replica_messages import Ready, Starting
 from shoal.launcher.replicas import make_controller
+from shoal.launcher.state_folder import open_journal, remove_journal
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.families import load_spec
 from shoal.model.spec import DecoderSpec
@@ -38,14 +42,18 @@ from shoal.model.spec import DecoderSpec
 KEPT_LINES = 5000
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 SCALE_SLACK_S = 60.0
+RETURN_S = 30.0  # front ends look for a restarted controller a few times a second
 
 logger = logging.getLogger("shoal")
 
 
 class DetachedOrder(Message, frozen=True, kw_only=True):
-    """What to run. model_path: as every host can resolve it. spec: only without a checkpoint (model_path None)."""
+    """What to run. launch: tells launches of the same name apart. model_path: as every host can resolve it. spec: only
+    without a checkpoint (model_path None).
+    """
 
     name: str
+    launch: str
     config: ShoalConfig
     model_path: str | None
     spec: DecoderSpec | None = None
@@ -111,6 +119,8 @@ class DetachedController:
         self._door: Door | None = None
         self._controller: Controller | None = None
         self._fleet: RayFleet | None = None
+        self._journal: Journal | None = None
+        self._orphans: Orphans | None = None
         self._serving: asyncio.Task[None] | None = None
         self._loop = LoopThread("shoal-controller")
         threading.Thread(target=self._bring_up, name="shoal-bring-up", daemon=True).start()
@@ -125,6 +135,9 @@ class DetachedController:
             logger.exception("%s could not be started", self._order.name)
             self._refused = HostRefused(text=f"{type(error).__name__}: {error}", users=False)
             raise
+        finally:
+            if self._refused is not None and self._journal is not None and self._journal.wanted is None:
+                remove_journal(self._journal)  # it has never served
 
     async def _start(self) -> None:
         order, config = self._order, self._order.config
@@ -135,23 +148,20 @@ class DetachedController:
         else:
             assert order.spec is not None, "without a checkpoint the order brings the spec"
             spec = order.spec
-        cluster = Cluster()
-        fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
-        found = await fleet.recover()
-        count = max(found) + 1 if found else config.parallel.data
-        if found:
-            logger.warning("%s: the controller is back and finds replicas %s", order.name, found)
-        else:
-            await fleet.prepare(range(count))
-        missing = [number for number in range(count) if number not in found] if found else []
-        controller = make_controller(fleet.make, count, fleet.settled)
-        readies = await controller.start(self._tell, later=missing)  # what runs neither waits nor ends with them
-        self._controller = controller
-        ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
-        door = ControllerDoor(controller, ready, cluster.own_node().address)
-        self._serving = asyncio.create_task(door.serve())
         weights = config.model.load_format != "dummy"
         digest = "" if model_dir is None else await asyncio.to_thread(checkpoint_digest, model_dir, weights)
+        cluster = Cluster()
+        journal = self._journal = await asyncio.to_thread(open_journal, order.name, order.launch)
+        fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
+        count, missing = await self._recover(fleet, journal)
+        controller = make_controller(fleet.make, count, fleet.settled, journal=journal)
+        readies = await controller.start(self._tell, later=missing)  # what runs neither waits nor ends with them
+        journal.want(count)
+        self._controller, self._orphans = controller, Orphans(controller, journal)
+        self._orphans.start(RETURN_S)
+        ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
+        door = ControllerDoor(controller, self._orphans, ready, cluster.own_node().address)
+        self._serving = asyncio.create_task(door.serve())
         self._door = Door(
             address=door.address,
             key=door.key,
@@ -161,6 +171,26 @@ class DetachedController:
         )
         self._doing = "serving"
         logger.info("%s takes requests at %s", order.name, door.address)
+
+    async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
+        """Find what an earlier life left, or place replicas; how many there shall be, and those not found."""
+        name, found = self._order.name, await fleet.recover()
+        count = journal.wanted or (max(found) + 1 if found else self._order.config.parallel.data)
+        for number in found:
+            if number >= count:  # it was about to go
+                fleet.release(number)
+        kept = [number for number in found if number < count]
+        if found or journal.wanted is not None:
+            logger.warning(
+                "%s: the controller is back and finds replicas %s of %d, and %d requests under way",
+                *(name, kept, count, len(journal.live)),
+            )
+        if journal.torn_bytes:
+            logger.warning("%s: the last %d bytes of the journal were torn", name, journal.torn_bytes)
+        if not kept:
+            await fleet.prepare(range(count))
+            return count, []
+        return count, [number for number in range(count) if number not in kept]
 
     def _tell(self, starting: Starting) -> None:
         self._doing = starting.doing
@@ -208,6 +238,8 @@ class DetachedController:
         have = [status.number for status in (await controller.status()).replicas]
         if replicas > len(have):
             fleet.check(replicas - len(have))
+        if replicas >= 1 and self._journal is not None:
+            self._journal.want(replicas)
         await controller.scale(replicas)
         for number in have:
             if number >= replicas:
@@ -230,6 +262,8 @@ class DetachedController:
         if self._controller is not None:
             unfinished = self._loop.run(self._down(self._controller, drain_s), drain_s + SCALE_SLACK_S)
         end_crews(Cluster(), self._order.name)
+        if self._journal is not None:
+            remove_journal(self._journal)
         return unfinished
 
     async def _down(self, controller: Controller, drain_s: float) -> list[str]:
@@ -237,5 +271,7 @@ class DetachedController:
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
+        if self._orphans is not None:
+            await self._orphans.close()
         await controller.close()
         return unfinished

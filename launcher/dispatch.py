@@ -68,7 +68,8 @@ class Dispatch:
             raise EngineError("the engine is draining and takes no new requests")
         ready = [slot for slot in self._slots.values() if slot.ready]
         full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
-        if full or self.num_waiting >= self.limits.max_waiting:
+        kept = self.journal is not None and request.request_id in self.journal.live  # an earlier controller accepted it
+        if not kept and (full or self.num_waiting >= self.limits.max_waiting):
             self.refused += 1
             raise QueueFull(
                 f"{len(self.ledger)} requests are under way or wait already (scheduler.max_queued_requests): come back "
@@ -76,12 +77,16 @@ class Dispatch:
                 self._retry_after_s(),
             )
         entry = self.ledger.add(request)
-        if self.journal is not None:
-            try:
+        entry.firm = kept
+        try:
+            if self.journal is not None:
                 self.journal.accepted(entry.request)
-            except BaseException:
-                self.ledger.remove(entry)
-                raise
+        except OSError as error:
+            self.ledger.remove(entry)
+            raise EngineError(f"the request cannot be kept, and is not accepted: {error}") from error
+        except BaseException:
+            self.ledger.remove(entry)
+            raise
         self.idle.clear()
         return entry
 

@@ -2,14 +2,18 @@
 
 A record is a length, a checksum and a msgpack message, appended by one write: a killed writer leaves whole records and
 at most one torn at the end, which is cut off. Writes are in the kernel's hands when a call returns, so they outlive the
-process; `sync` waits for the disk, for a host that loses power. The file stays bounded: what has ended is left out by
-rewriting it (`os.replace`) when it grows past max_bytes, and new requests are refused while even that would not do.
+process, not a host that loses power. The file stays bounded: what has ended is left out by rewriting it (`os.replace`)
+when it grows past max_bytes, and new requests are refused while even that would not do.
+
+Only what must be known before it is acknowledged raises an error that concerns the disk: a token or an end that could
+not be kept costs a successor some computing, and is warned of once.
 """
 
 import fcntl
+import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -43,9 +47,17 @@ class Ended(Message, frozen=True, kw_only=True):
     request_id: str
 
 
-Entry = Accepted | Emitted | Ended
+class Wanted(Message, frozen=True, kw_only=True):
+    """How many replicas there shall be."""
+
+    replicas: int
+
+
+Entry = Accepted | Emitted | Ended | Wanted
 _DECODER: "msgspec.msgpack.Decoder[Entry]" = msgspec.msgpack.Decoder(Entry)
 _ENCODER = msgspec.msgpack.Encoder()
+
+logger = logging.getLogger("shoal")
 
 
 class Kept(msgspec.Struct):
@@ -85,15 +97,21 @@ def read_records(data: bytes) -> tuple[list[Entry], int]:
     return entries, at
 
 
+class JournalInUse(ValueError):
+    """Another process writes it."""
+
+
 class Journal:
-    """One writer. live: the requests that have not ended, by id, those of an earlier writer included. torn_bytes: what
-    was cut off at the end when it was opened.
+    """One writer. live: the requests that have not ended, by id, those of an earlier writer included. wanted: how many
+    replicas there shall be, None when nobody has said so. torn_bytes: what was cut off when it was opened.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int = 64 << 20, sync: bool = False) -> None:
-        """Open, or make, a journal. Raises ValueError when another process writes it, OSError."""
-        self.path, self.max_bytes, self._sync = path, max_bytes, sync
+    def __init__(self, path: Path, *, max_bytes: int = 64 << 20) -> None:
+        """Open, or make, a journal. Raises JournalInUse when another process writes it, OSError."""
+        self.path, self.max_bytes = path, max_bytes
         self.live: dict[str, Kept] = {}
+        self.wanted: int | None = None
+        self._warned = False
         self._fd = self._open(path)
         try:
             data = path.read_bytes()
@@ -114,7 +132,7 @@ class Journal:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise ValueError(f"{path}: another controller writes this journal; end it, or give another file") from None
+            raise JournalInUse(f"{path}: another controller writes this journal; end that one") from None
         return fd
 
     @property
@@ -123,35 +141,49 @@ class Journal:
         return self._bytes
 
     def accepted(self, request: Request) -> None:
-        """Keep a request; acknowledge it afterwards. Raises QueueFull when live requests fill the journal, OSError."""
+        """Keep a request; acknowledge it afterwards. One that is kept already, as it is, costs nothing. Raises
+        QueueFull when live requests fill the journal, OSError.
+        """
+        kept = self.live.get(request.request_id)
+        if kept is not None and kept.resumed() == request:
+            return
         record = frame(Accepted(request=request))
         if self._bytes + len(record) > self.max_bytes:
             self.compact()
             if self._bytes + len(record) > self.max_bytes:
                 raise QueueFull(
                     f"the journal holds {self._bytes} bytes of {len(self.live)} live requests, its limit is "
-                    f"{self.max_bytes}: come back later, or raise the limit",
+                    f"{self.max_bytes}: come back later",
                     RETRY_S,
                 )
         self._append(Accepted(request=request), record)
-        if self._sync:
-            os.fdatasync(self._fd)
 
     def emitted(
         self, request_id: str, start: int, token_ids: Sequence[int], logprobs: list[TokenLogprobs] | None = None
     ) -> None:
-        """Keep tokens before they are delivered; those of unknown requests are not kept. Raises OSError."""
+        """Keep tokens before they are delivered; those of unknown requests are not kept."""
         if request_id in self.live and token_ids:
-            entry = Emitted(request_id=request_id, start=start, token_ids=list(token_ids), logprobs=logprobs)
-            self._append(entry, frame(entry))
-            self._compact_if_large()
+            self._note(Emitted(request_id=request_id, start=start, token_ids=list(token_ids), logprobs=logprobs))
 
     def ended(self, request_id: str) -> None:
-        """A request needs to be kept no longer; unknown ones are no error. Raises OSError."""
+        """A request needs to be kept no longer; unknown ones are no error."""
         if request_id in self.live:
-            entry = Ended(request_id=request_id)
+            self._note(Ended(request_id=request_id))
+            self.live.pop(request_id, None)
+
+    def want(self, replicas: int) -> None:
+        """Keep how many replicas there shall be."""
+        self._note(Wanted(replicas=replicas))
+
+    def _note(self, entry: Entry) -> None:
+        """Write what a successor can do without."""
+        try:
             self._append(entry, frame(entry))
             self._compact_if_large()
+        except OSError as error:
+            if not self._warned:
+                logger.warning("the journal is not whole, a restarted controller may compute some again: %s", error)
+            self._warned = True
 
     def _append(self, entry: Entry, record: bytes) -> None:
         """One write. A short one (a full disk) is taken back, so that the file holds whole records."""
@@ -185,6 +217,8 @@ class Journal:
                     kept.logprobs += (entry.logprobs or [])[new:]
             case Ended():
                 self.live.pop(entry.request_id, None)
+            case Wanted():
+                self.wanted = entry.replicas
 
     def _compact_if_large(self) -> None:
         """Growing past the limit rewrites the file, unless nothing would be won by it."""
@@ -203,11 +237,9 @@ class Journal:
         fd = self._open(temporary)
         try:
             size = 0
-            for kept in self.live.values():
-                for record in _records(kept):
-                    self._write(fd, record)
-                    size += len(record)
-            os.fdatasync(fd)
+            for record in self._live_records():
+                self._write(fd, record)
+                size += len(record)
             os.replace(temporary, self.path)
         except BaseException:
             os.close(fd)
@@ -215,6 +247,12 @@ class Journal:
             raise
         os.close(self._fd)
         self._fd, self._bytes = fd, size
+
+    def _live_records(self) -> Iterator[bytes]:
+        if self.wanted is not None:
+            yield frame(Wanted(replicas=self.wanted))
+        for kept in self.live.values():
+            yield from _records(kept)
 
     def close(self) -> None:
         """Unlock it. Idempotent."""

@@ -1,112 +1,134 @@
-"""Orphans: requests that a journal kept for clients that have not come back yet; they run on meanwhile.
+"""Orphans: requests an earlier life of a detached controller had accepted; they go on before their clients are back.
 
-orphans = Orphans(controller, journal, grace_s=60)
-orphans.start()                                        # a new controller, its replicas ready or about to be
-async for delta in orphans.attach("request-1", 17): ...    # a client that has the first 17 tokens
+orphans = Orphans(controller, journal)
+orphans.start(grace_s=30)                         # the journal's live requests go on
+async for delta in orphans.submit(request): ...   # of a client: its orphan if there is one, else a new request
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
 
 from shoal.engine.client import EngineClient, EngineError
-from shoal.engine.messages import OutputDelta
+from shoal.engine.messages import OutputDelta, Request
 from shoal.launcher.journal import Journal, Kept
+
+logger = logging.getLogger("shoal")
 
 
 class _Orphan:
     """A request under way without a client: its deltas are kept, at most max_tokens of them."""
 
-    def __init__(self, kept: Kept) -> None:
-        self.request = kept.resumed()
-        self.before = Kept(kept.request, list(kept.token_ids), list(kept.logprobs))
-        self.deltas: list[OutputDelta] = []
-        self.arrived = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.attached = False
+    def __init__(self, kept: Kept, client: EngineClient) -> None:
+        self._before = Kept(kept.request, list(kept.token_ids), list(kept.logprobs))
+        self._deltas: list[OutputDelta] = []
+        self._arrived = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(kept.resumed(), client))
 
-
-class Orphans:
-    """Used from one event loop, the controller's."""
-
-    def __init__(self, client: EngineClient, journal: Journal, grace_s: float) -> None:
-        """grace_s: after which a request nobody came back for is aborted."""
-        self._client, self._grace_s = client, grace_s
-        self._orphans = {request_id: _Orphan(kept) for request_id, kept in journal.live.items()}
-
-    @property
-    def waiting(self) -> list[str]:
-        """Ids nobody has attached to yet."""
-        return sorted(request_id for request_id, orphan in self._orphans.items() if not orphan.attached)
-
-    def start(self) -> None:
-        """Have all of them go on."""
-        for orphan in self._orphans.values():
-            orphan.task = asyncio.get_running_loop().create_task(self._run(orphan))
-        asyncio.get_running_loop().call_later(self._grace_s, self._give_up)
-
-    async def _run(self, orphan: _Orphan) -> None:
+    async def _run(self, request: Request, client: EngineClient) -> None:
         try:
-            async for delta in self._client.submit(orphan.request):
-                orphan.deltas.append(delta)
-                orphan.arrived.set()
+            async with aclosing(cast(AsyncGenerator[OutputDelta], client.submit(request))) as stream:
+                async for delta in stream:
+                    self._take(delta)
         except (ValueError, EngineError) as error:
-            orphan.deltas.append(
+            self._take(
                 OutputDelta(
-                    request_id=orphan.request.request_id,
-                    start=len(orphan.request.emitted_token_ids),
+                    request_id=request.request_id,
+                    start=len(request.emitted_token_ids),
                     token_ids=[],
                     finish_reason="error",
                     error=str(error),
                 )
             )
-            orphan.arrived.set()
 
-    def _give_up(self) -> None:
-        for request_id in self.waiting:
-            orphan = self._orphans.pop(request_id)
-            if orphan.task is not None:
-                orphan.task.cancel()  # closes its stream, which aborts it
+    def _take(self, delta: OutputDelta) -> None:
+        self._deltas.append(delta)
+        self._arrived.set()
 
-    async def attach(self, request_id: str, position: int) -> AsyncIterator[OutputDelta]:
-        """The request's deltas from absolute output position `position` on, to its end. Raises EngineError when it is
-        not kept, was attached to before, or had not come so far.
-        """
-        orphan = self._orphans.get(request_id)
-        if orphan is None or orphan.attached:
-            raise EngineError(f"request {request_id!r} is not kept here: it ended, was given up, or has its client")
-        before = orphan.before
-        if not 0 <= position <= len(before.token_ids):
-            raise EngineError(f"request {request_id!r} has emitted {len(before.token_ids)} tokens, not {position}")
-        orphan.attached = True
-        try:
-            if position < len(before.token_ids):
-                first = len(before.token_ids) - len(before.logprobs)
-                logprobs = before.logprobs[max(0, position - first) :] if position >= first else None
-                yield OutputDelta(
-                    request_id=request_id,
-                    start=position,
-                    token_ids=before.token_ids[position:],
-                    logprobs=logprobs or None,
-                )
-            taken = 0
-            while True:
-                while taken < len(orphan.deltas):
-                    delta = orphan.deltas[taken]
-                    taken += 1
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-                orphan.arrived.clear()
-                await orphan.arrived.wait()
-        finally:
-            self._orphans.pop(request_id, None)
-            if orphan.task is not None:
-                orphan.task.cancel()
+    def is_of(self, request: Request) -> bool:
+        """Whether the client's request, with the tokens it has, is this one."""
+        before, has = self._before, request.emitted_token_ids
+        return request.prompt_token_ids == before.request.prompt_token_ids and has == before.token_ids[: len(has)]
+
+    async def follow(self, position: int) -> AsyncGenerator[OutputDelta]:
+        """Its deltas from absolute output position `position`, among those kept, to its end."""
+        before, taken = self._before, 0
+        if position < len(before.token_ids):
+            first = len(before.token_ids) - len(before.logprobs)
+            logprobs = before.logprobs[position - first :] if position >= first else None
+            token_ids, name = before.token_ids[position:], before.request.request_id
+            yield OutputDelta(request_id=name, start=position, token_ids=token_ids, logprobs=logprobs or None)
+        while True:
+            while taken < len(self._deltas):
+                delta = self._deltas[taken]
+                taken += 1
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    async def end(self) -> None:
+        """Abort it if it still runs; its id is free then."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+class Orphans:
+    """Used from one event loop, the controller's."""
+
+    def __init__(self, client: EngineClient, journal: Journal) -> None:
+        self._client, self._journal = client, journal
+        self._orphans: dict[str, _Orphan] = {}
+        self._giving_up: asyncio.Task[None] | None = None
+        self._ending = asyncio.Lock()  # an id is not free before its orphan has ended
+
+    @property
+    def waiting(self) -> list[str]:
+        """Ids no client has come back for yet."""
+        return sorted(self._orphans)
+
+    def start(self, grace_s: float) -> None:
+        """Have the journal's live requests go on; those nobody came back for within grace_s are aborted then."""
+        self._orphans = {name: _Orphan(kept, self._client) for name, kept in self._journal.live.items()}
+        if self._orphans:
+            self._giving_up = asyncio.get_running_loop().create_task(self._give_up(grace_s))
+
+    async def _give_up(self, grace_s: float) -> None:
+        await asyncio.sleep(grace_s)
+        if self._orphans:
+            logger.warning("nobody came back for %d requests within %g s", len(self._orphans), grace_s)
+        await self._end_all()
+
+    async def _end_all(self) -> None:
+        async with self._ending:
+            ending, self._orphans = self._orphans, {}
+            await asyncio.gather(*(orphan.end() for orphan in ending.values()))
+            for name in ending:
+                self._journal.ended(name)
+
+    async def submit(self, request: Request) -> AsyncGenerator[OutputDelta]:
+        """As EngineClient.submit; a request that goes on already is joined where its client is."""
+        async with self._ending:
+            orphan = self._orphans.pop(request.request_id, None)
+        if orphan is not None:
+            try:
+                if orphan.is_of(request):
+                    async with aclosing(orphan.follow(len(request.emitted_token_ids))) as deltas:
+                        async for delta in deltas:
+                            yield delta
+                    return
+            finally:
+                await orphan.end()
+        async with aclosing(cast(AsyncGenerator[OutputDelta], self._client.submit(request))) as stream:
+            async for delta in stream:
+                yield delta
 
     async def close(self) -> None:
         """End what still runs for nobody. Idempotent."""
-        tasks = [orphan.task for orphan in self._orphans.values() if orphan.task is not None]
-        self._orphans.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            await asyncio.gather(self._giving_up, return_exceptions=True)
+        await self._end_all()

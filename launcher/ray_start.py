@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal.configs.host import usable_cores
 from shoal.configs.schema import ShoalConfig
-from shoal.launcher.attached import AttachedReplica, Door, NotYet
+from shoal.launcher.attached import AttachedReplica, Door, NotYet, new_front_end
 from shoal.launcher.bootstrap import WORKER
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.detached_client import ask_door, find_detached
@@ -69,8 +69,10 @@ async def start_attached(
                 )
             return door
 
+        front_end = new_front_end()
+
         async def factory(number: int) -> AttachedReplica:
-            return AttachedReplica(ask, launcher.hang_timeout_s, name)
+            return AttachedReplica(ask, launcher.hang_timeout_s, name, front_end)
 
         async def leave() -> None:
             await asyncio.to_thread(cluster.close)

@@ -4,7 +4,7 @@ front end -> engine: Submit, Abort, Drain, StatsQuery, Shutdown engine -> front 
 Refused; then Outputs, CacheChanges, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -109,6 +109,12 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """End the ranks, then the engine process."""
 
 
+class Enter(Message, frozen=True, kw_only=True):
+    """The first message of a front end of a detached controller. front_end: the same in all of its connections."""
+
+    front_end: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
 class Renew(Message, frozen=True, kw_only=True):
     """The front end of a detached controller lives: its requests go on (see `shoal.launcher.controller_door`)."""
 
@@ -127,7 +133,7 @@ FromEngine = (
     | LogText
     | Failure
 )
-ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown | Renew
+ToEngine = Submit | Abort | Drain | StatsQuery | Shutdown | Enter | Renew
 
 FROM_ENGINE: "msgspec.msgpack.Decoder[FromEngine]" = msgspec.msgpack.Decoder(FromEngine)
 TO_ENGINE: "msgspec.msgpack.Decoder[ToEngine]" = msgspec.msgpack.Decoder(ToEngine)

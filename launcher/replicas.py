@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from shoal.configs.schema import ShoalConfig
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.dispatch import Limits
+from shoal.launcher.journal import Journal
 from shoal.launcher.prefix_routing import PrefixRouting
 from shoal.launcher.replica import Progress, ReplicaFactory
 from shoal.launcher.replica_messages import Ready
@@ -50,10 +51,13 @@ def make_controller(
     on_close: Callable[[], Awaitable[None]] | None = None,
     *,
     rebuild: bool = True,
+    journal: Journal | None = None,
 ) -> Controller:
-    """The controller of `count` replicas, as the settings want it. on_close, rebuild: see start_replicas."""
+    """The controller of `count` replicas, as the settings want it. on_close, rebuild: see start_replicas. journal: see
+    Controller.
+    """
     options = controller_options(settled, rebuild=rebuild)
-    return Controller(factory, count, options, make_routing(settled.config), on_close)
+    return Controller(factory, count, options, make_routing(settled.config), on_close, journal)
 
 
 async def start_replicas(

@@ -1,6 +1,7 @@
 """A model that stays on a cluster: up, attached front ends, scaling, the controller's death, down."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,18 +14,27 @@ from tests.cluster.ray_hosts import RayHosts, named, wait_for
 from tests.cluster.test_ray_hosts import alone, tokens
 
 pytest.importorskip("ray")
-LONG = ["--max-tokens", "300", "--ignore-eos", "--temperature", "0"]
+LONG = ["--max-tokens", "800", "--ignore-eos", "--temperature", "0"]
 
 
 @pytest.fixture
-def node() -> Iterator[RayHosts]:
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where detached controllers keep their journals."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def node(state: Path) -> Iterator[RayHosts]:
     with joined_hosts(1) as hosts:
         yield RayHosts(hosts, cpus=[4])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_detached_model_serves_scales_survives_its_controller_and_goes_down(node: RayHosts, tmp_path: Path) -> None:
+def test_detached_model_serves_scales_survives_its_controller_and_goes_down(
+    state: Path, node: RayHosts, tmp_path: Path
+) -> None:
     at = ["--ray-address", node.address]
     prompts, output = tmp_path / "prompts.txt", tmp_path / "attached.jsonl"
     prompts.write_text("".join(f"def f{number}(x):\n" for number in range(24)))
@@ -34,7 +44,7 @@ def test_detached_model_serves_scales_survives_its_controller_and_goes_down(node
     _, errors = taken.communicate(timeout=100)
     assert taken.returncode == 2 and "is up already" in errors
 
-    ranks = named(node.hosts[0], "^shoal-rank-")
+    ranks, pid = named(node.hosts[0], "^shoal-rank-"), node.status("prod")["pid"]
     load = node.shoal(
         *["generate", "demo", "--attach", "prod", "--prompts", str(prompts), "--output", str(output), *LONG, *at]
     )
@@ -43,10 +53,13 @@ def test_detached_model_serves_scales_survives_its_controller_and_goes_down(node
     reader = threading.Thread(target=lambda: errors_of_load.append(load.stderr.read()), daemon=True)  # type: ignore[union-attr]
     reader.start()
     wait_for(lambda: node.status("prod")["controller"]["tokens"] > 0, "the first tokens", 100.0)
-    os.kill(node.status("prod")["pid"], signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     assert load.wait(400) == 0, errors_of_load
     assert tokens(output) == expected
     assert named(node.hosts[0], "^shoal-rank-") == ranks, "the ranks held out"
+    logs = node.run_shoal("logs", "prod", *at)
+    assert re.search(r"the controller is back and finds replicas \[0\] of 1, and [1-9]\d* requests under way", logs)
+    assert [path.name for path in state.glob("shoal/detached/prod-*/*")] == ["journal"]
 
     node.run_shoal("scale", "prod", "--replicas", "2", *at)
     replicas = node.status("prod")["controller"]["replicas"]
@@ -55,8 +68,8 @@ def test_detached_model_serves_scales_survives_its_controller_and_goes_down(node
     _, errors = too_many.communicate(timeout=100)
     assert too_many.returncode == 2 and "0 of its 4 CPUs are free" in errors
     node.run_shoal("scale", "prod", "--replicas", "1", *at)
-    assert "the controller is back" in node.run_shoal("logs", "prod", *at)
     node.run_shoal("down", "prod", *at)
+    assert list(state.glob("shoal/detached/*")) == []
     wait_for(lambda: named(node.hosts[0], "^shoal-") == [], "the model's processes to end", 20.0)
     gone = node.shoal("status", "prod", *at)
     _, errors = gone.communicate(timeout=100)

@@ -4,57 +4,78 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoal.configs.schema import ModelConfig, ShoalConfig
+from shoal.engine.client import EngineError
 from shoal.engine.fake_executor import StepLatency
 from shoal.engine.messages import EngineStats
 from shoal.launcher import attached, controller_door
-from shoal.launcher.attached import AttachedReplica, Door, NotYet
+from shoal.launcher.attached import AttachedReplica, Door, NotYet, new_front_end
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.controller_door import ControllerDoor, sum_stats
 from shoal.launcher.fake_replica import FakeReplicas
+from shoal.launcher.journal import Journal, Kept
+from shoal.launcher.orphans import Orphans
 from shoal.launcher.replica_messages import Ready
 from shoal.parallel.control_connect import Listener
-from tests.launcher.harness import collect, request, run
+from tests.launcher.harness import collect, request, run, until
 
 CONFIG = ShoalConfig(model=ModelConfig(max_model_len=512))
 SLOW = StepLatency(base_s=0.005)
 
 
 class Host:
-    """A detached controller: its door while it is there."""
+    """A detached controller: its door while it is there. journal: of the life that is next, or under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Path) -> None:
         self.door: Door | None = None
+        self.journal = journal
+
+    def lose(self) -> None:
+        """From now on as if the controller had been killed: the ends of its requests are not noted."""
+        self.writing.ended = lambda request_id: None  # type: ignore[method-assign]
 
     async def ask(self) -> Door | NotYet:
         return self.door or NotYet(doing="starting")
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[Controller]:
-        """One life of the controller."""
-        controller = Controller(FakeReplicas(CONFIG, SLOW), 2, ControllerOptions())
+    async def serving(self, closed: asyncio.Event | None = None) -> AsyncIterator[Controller]:
+        """One life of the controller. closed: front ends are let in when it is set."""
+        journal = self.writing = Journal(self.journal)
+        controller = Controller(FakeReplicas(CONFIG, SLOW), 2, ControllerOptions(), journal=journal)
         (ready, _) = await controller.start()
-        door = ControllerDoor(controller, ready, "127.0.0.1")
+        orphans = Orphans(controller, journal)
+        orphans.start(20.0)
+        door = ControllerDoor(controller, orphans, ready, "127.0.0.1")
         task = asyncio.create_task(door.serve())
-        self.door = Door(address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="")
+        opening = asyncio.create_task(self._open(door, closed))
         try:
             yield controller
         finally:
             self.door = None
+            opening.cancel()
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(task, opening, return_exceptions=True)
+            await orphans.close()
             await controller.close()
+            journal.close()
+
+    async def _open(self, door: ControllerDoor, closed: asyncio.Event | None) -> None:
+        if closed is not None:
+            await closed.wait()
+        self.door = Door(address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="")
 
     @asynccontextmanager
     async def attached(self) -> AsyncIterator[Controller]:
         """A front end's controller."""
+        front_end = new_front_end()
 
         async def factory(number: int) -> AttachedReplica:
-            return AttachedReplica(self.ask, 10.0, "prod")
+            return AttachedReplica(self.ask, 10.0, "prod", front_end)
 
         client = Controller(factory, 1, ControllerOptions(start_timeout_s=20.0))
         readies: list[Ready] = await client.start()
@@ -63,6 +84,24 @@ class Host:
             yield client
         finally:
             await client.close()
+
+
+def kept_in(path: Path) -> dict[str, Kept]:
+    """The live requests of a journal that another one may write."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    journal = Journal(copy)
+    journal.close()
+    return journal.live
+
+
+def emitted(controller: Controller) -> int:
+    """Tokens of the first request a replica works on."""
+    return max((tokens for _, _, tokens in controller.progress()), default=0)
+
+
+def _no_space(*_args: Any) -> None:
+    raise OSError("no space left on device")
 
 
 async def alone(prompt: list[int], max_tokens: int) -> list[int]:
@@ -75,9 +114,9 @@ async def alone(prompt: list[int], max_tokens: int) -> list[int]:
         await controller.close()
 
 
-def test_two_front_ends_use_the_same_request_ids() -> None:
+def test_two_front_ends_use_the_same_request_ids(tmp_path: Path) -> None:
     async def body() -> None:
-        host = Host()
+        host = Host(tmp_path / "journal")
         async with host.serving() as controller, host.attached() as first, host.attached() as second:
             streams = [client.submit(request([1, 2, seed], 12)) for seed, client in ((3, first), (4, second))]
             got = await asyncio.gather(*(collect(stream) for stream in streams))
@@ -88,7 +127,9 @@ def test_two_front_ends_use_the_same_request_ids() -> None:
     run(body())
 
 
-def test_door_stays_open_when_there_are_no_descriptors_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_door_stays_open_when_there_are_no_descriptors_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     accept, failures = Listener.accept, iter([OSError(errno.EMFILE, "too many open files")] * 2)
 
     def scarce(*args: Any, **more: Any) -> Any:
@@ -100,7 +141,7 @@ def test_door_stays_open_when_there_are_no_descriptors_for_a_while(monkeypatch: 
     monkeypatch.setattr(controller_door, "ACCEPT_SLICE_S", 0.01)
 
     async def body() -> None:
-        host = Host()
+        host = Host(tmp_path / "journal")
         async with host.serving(), host.attached() as client:
             assert (await collect(client.submit(request([1, 2, 3], 4))))[0] == await alone([1, 2, 3], 4)
         assert next(failures, None) is None
@@ -108,29 +149,76 @@ def test_door_stays_open_when_there_are_no_descriptors_for_a_while(monkeypatch: 
     run(body())
 
 
-def test_stream_goes_on_over_the_death_of_the_controller() -> None:
+def test_stream_goes_on_over_two_deaths_of_the_controller(tmp_path: Path) -> None:
+    """Before its front end is back, which joins it and sees neither a gap nor a repeat."""
+
     async def body() -> None:
-        host = Host()
+        host, closed, kept = Host(tmp_path / "journal"), asyncio.Event(), 0
+        closed.set()
         lives = AsyncExitStack()
-        controller = await lives.enter_async_context(host.serving())
+        controller = await lives.enter_async_context(host.serving(closed))
         async with host.attached() as client:
-            task = asyncio.create_task(collect(client.submit(request([5, 6], 200))))
-            while (await controller.status()).tokens < 20:
-                await asyncio.sleep(0.005)
-            await lives.aclose()
-            assert not task.done()
-            async with host.serving() as again:
-                tokens, last = await task
-                assert (await again.status()).accepted == 1
+            task = asyncio.create_task(collect(client.submit(request([5, 6], 400, logprobs=1))))
+            for _ in range(2):
+                await until(lambda: emitted(controller) > kept + 20, "tokens for its front end")  # noqa: B023
+                host.lose()
+                await lives.aclose()
+                ((name, request_kept),) = kept_in(host.journal).items()
+                kept = len(request_kept.token_ids)
+                assert not task.done() and kept > 20 and name.endswith("/a")
+                closed.clear()
+                controller = await lives.enter_async_context(host.serving(closed))
+                await until(lambda: emitted(controller) > kept, "it to go on for nobody")  # noqa: B023
+                closed.set()
+            tokens, last = await task
+            status = await controller.status()
+            assert (status.accepted, status.lost) == (1, 0), "it was joined, not given in anew"
+            assert status.tokens == 400 - kept, "and went on where it was"
+        await lives.aclose()
         assert last.finish_reason == "length"
-        assert tokens == await alone([5, 6], 200)
+        assert tokens == await alone([5, 6], 400)
 
     run(body())
 
 
-def test_front_end_that_leaves_frees_what_it_had() -> None:
+def test_a_front_end_whose_requests_the_journal_does_not_hold_gives_them_in_anew(tmp_path: Path) -> None:
     async def body() -> None:
-        host = Host()
+        host = Host(tmp_path / "journal")
+        lives = AsyncExitStack()
+        controller = await lives.enter_async_context(host.serving())
+        async with host.attached() as client:
+            task = asyncio.create_task(collect(client.submit(request([5, 6], 200))))
+            await until(lambda: emitted(controller) > 20, "tokens")
+            host.journal = tmp_path / "on another host"
+            await lives.aclose()
+            async with host.serving():
+                tokens, last = await task
+        assert last.finish_reason == "length" and tokens == await alone([5, 6], 200)
+
+    run(body())
+
+
+def test_nothing_is_said_of_a_request_before_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
+        async with host.serving() as controller, host.attached() as client:
+            with monkeypatch.context() as full:
+                full.setattr(Journal, "_write", _no_space)
+                with pytest.raises(EngineError, match="cannot be kept, and is not accepted: no space"):
+                    await anext(client.submit(request([5, 6], 5)))
+                assert (await controller.status()).live_requests == 0
+            stream = client.submit(request([5, 6], 5, "b"))
+            await anext(stream)
+            assert [name.rpartition("/")[2] for name in kept_in(host.journal)] == ["b"]
+            assert [delta.finish_reason async for delta in stream][-1] == "length"
+            await until(lambda: not kept_in(host.journal), "its end to be noted")
+
+    run(body())
+
+
+def test_front_end_that_leaves_frees_what_it_had(tmp_path: Path) -> None:
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
         async with host.serving() as controller:
             async with host.attached() as client:
                 stream = client.submit(request([5, 6], 400))
@@ -145,13 +233,13 @@ def test_front_end_that_leaves_frees_what_it_had() -> None:
 
 
 def test_front_end_that_falls_silent_loses_its_blocks_and_goes_on_when_it_is_back(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(attached, "RENEW_INTERVAL_S", 30.0)
     monkeypatch.setattr(controller_door, "LEASE_S", 0.3)
 
     async def body() -> None:
-        host = Host()
+        host = Host(tmp_path / "journal")
         async with host.serving() as controller, host.attached() as client:
             task = asyncio.create_task(collect(client.submit(request([5, 6], 150))))
             tokens, last = await task
@@ -161,9 +249,9 @@ def test_front_end_that_falls_silent_loses_its_blocks_and_goes_on_when_it_is_bac
     run(body())
 
 
-def test_bad_request_is_refused_through_the_door() -> None:
+def test_bad_request_is_refused_through_the_door(tmp_path: Path) -> None:
     async def body() -> None:
-        host = Host()
+        host = Host(tmp_path / "journal")
         async with host.serving(), host.attached() as client:
             with pytest.raises(ValueError, match="512"):
                 await collect(client.submit(request(list(range(600)), 10)))

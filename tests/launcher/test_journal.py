@@ -5,9 +5,10 @@ import os
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.client import QueueFull
 from shoal.engine.fake_executor import StepLatency
 from shoal.engine.messages import OutputDelta, TokenLogprobs
 from shoal.launcher.controller import Controller, ControllerOptions
@@ -16,7 +17,7 @@ from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.journal import Journal, Kept, read_records
 from shoal.launcher.orphans import Orphans
 from tests.launcher.controllers import QUICK, answer, settings
-from tests.launcher.harness import request, run, until
+from tests.launcher.harness import collect, request, run, until
 
 
 def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:
@@ -32,13 +33,34 @@ def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another controller writes"):
         Journal(tmp_path / "j")
     journal.close()
-    again = Journal(tmp_path / "j", sync=True)
+    again = Journal(tmp_path / "j")
     assert list(again.live) == ["a", "c"] and again.torn_bytes == 0
     assert again.live["a"] == Kept(request([1, 2, 3], 9, "a"), [5, 6, 7, 8], scored)
     assert again.live["a"].resumed().emitted_token_ids == [5, 6, 7, 8]
     again.accepted(again.live["a"].resumed())
     assert again.live["a"].token_ids == [5, 6, 7, 8] and again.live["a"].logprobs == scored
     again.close()
+
+
+def test_the_wanted_number_of_replicas_outlives_a_rewriting(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    assert journal.wanted is None
+    journal.want(3)
+    journal.want(2)
+    journal.compact()
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert again.wanted == 2
+    again.close()
+
+
+def test_the_journal_is_its_owners_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.accepted(request([1], 9, "a"))
+    assert (tmp_path / "j").stat().st_mode & 0o777 == 0o600
+    journal.compact()
+    assert (tmp_path / "j").stat().st_mode & 0o777 == 0o600
+    journal.close()
 
 
 def test_a_torn_or_damaged_end_is_cut_off_at_any_byte(tmp_path: Path) -> None:
@@ -97,9 +119,9 @@ def test_a_journal_full_of_live_requests_refuses_new_ones(tmp_path: Path) -> Non
     assert len(journal.live) == 2
 
 
-async def controller_over(journal: Journal, step_s: float) -> Controller:
+async def controller_over(journal: Journal, step_s: float, limits: Limits | None = None) -> Controller:
     """A controller with one replica that writes this journal."""
-    options = ControllerOptions(limits=Limits(max_model_len=512), restarts=QUICK)
+    options = ControllerOptions(limits=limits or Limits(max_model_len=512), restarts=QUICK)
     controller = Controller(FakeReplicas(settings(), StepLatency(base_s=step_s)), 1, options, journal=journal)
     await controller.start()
     return controller
@@ -130,24 +152,62 @@ def test_a_new_controller_goes_on_from_the_journal_of_the_old_one(tmp_path: Path
         journal = Journal(tmp_path / "new")
         assert all(len(journal.live[name].token_ids) >= len(tokens) for name, tokens in delivered.items())
         new = await controller_over(journal, 0.001)
-        orphans = Orphans(new, journal, grace_s=3.0)
-        orphans.start()
+        orphans = Orphans(new, journal)
+        orphans.start(grace_s=3.0)
         assert orphans.waiting == ["r0", "r1", "r2"]
         for each in wanted[:2]:
             tokens = delivered[each.request_id]
             deltas: list[OutputDelta] = []
-            async for delta in orphans.attach(each.request_id, len(tokens)):
+            async for delta in orphans.submit(msgspec.structs.replace(each, emitted_token_ids=list(tokens))):
                 assert delta.start == len(tokens)
                 tokens += delta.token_ids
                 deltas.append(delta)
             assert tokens == answer(each) and deltas[-1].finish_reason == "length"
             assert sum(len(delta.logprobs or []) for delta in deltas) == sum(len(delta.token_ids) for delta in deltas)
-        with pytest.raises(EngineError, match="not kept"):
-            await anext(orphans.attach("r0", 0))
         await until(lambda: orphans.waiting == [], "the third to be given up")
+        assert (await new.status()).accepted == 3
+        other = request([4, 4], 5, "r2")  # its id is free again
+        assert (await collect(orphans.submit(other)))[0] == answer(other)
         await orphans.close()
         assert journal.live == {}
         await new.close()
+
+    run(body())
+
+
+def test_an_orphan_is_not_given_to_another_request_of_its_id(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = Journal(tmp_path / "j")
+        journal.accepted(request([1, 2], 400, "a"))
+        controller = await controller_over(journal, 0.001)
+        orphans = Orphans(controller, journal)
+        orphans.start(grace_s=30.0)
+        await until(lambda: len(journal.live["a"].token_ids) > 3, "it to go on")
+        other = request([3, 4], 5, "a")
+        assert (await collect(orphans.submit(other)))[0] == answer(other)
+        await orphans.close()
+        await controller.close()
+
+    run(body())
+
+
+def test_what_was_accepted_is_not_refused_by_a_full_queue(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = Journal(tmp_path / "j")
+        wanted = [request([1, number], 20, f"r{number}") for number in range(6)]
+        for each in wanted:
+            journal.accepted(each)
+        full = Limits(max_model_len=512, max_in_flight=1, max_waiting=1)
+        controller = await controller_over(journal, 0.001, full)
+        orphans = Orphans(controller, journal)
+        orphans.start(grace_s=30.0)
+        for each, (tokens, last) in zip(
+            wanted, await asyncio.gather(*(collect(orphans.submit(each)) for each in wanted)), strict=True
+        ):
+            assert tokens == answer(each) and last.finish_reason == "length"
+        assert (await controller.status()).refused == 0
+        await orphans.close()
+        await controller.close()
 
     run(body())
 
@@ -173,9 +233,11 @@ def test_a_disk_that_fills_while_rewriting_leaves_the_old_file(tmp_path: Path, m
         kept.compact()
     with pytest.raises(OSError, match="is it full"):
         kept.accepted(request([4], 9, "b"))
+    kept.emitted("a", 0, [7])  # its client gets the token all the same
     monkeypatch.undo()
+    kept.emitted("a", 1, [8])  # after a gap: not kept
     kept.accepted(request([5], 9, "c"))
     kept.close()
     again = Journal(tmp_path / "j")
-    assert list(again.live) == ["a", "c"] and again.torn_bytes == 0
+    assert list(again.live) == ["a", "c"] and again.torn_bytes == 0 and again.live["a"].token_ids == []
     again.close()
