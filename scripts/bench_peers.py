@@ -225,7 +225,8 @@ def plot(found: dict[str, dict[str, list[float]]], limits: dict[str, float | Non
         if limit is not None and limit < 3 * max(medians.values()):
             axes.axhline(limit, color="#c0392b", linestyle="--", linewidth=1)
         axes.set(title=workload, ylabel="tokens/s")
-        axes.tick_params(axis="x", rotation=30)
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="right")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
