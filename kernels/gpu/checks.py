@@ -25,6 +25,7 @@ TABLES = tuple(
 KIB = 1024
 SHARED_LIMITS = {80: 99 * KIB, 90: 227 * KIB}
 """What one program may have: 99 KiB on the consumer cards of the sm_80 class (8.6, 8.9), 227 KiB on 9.0."""
+FLOAT32_ROUNDINGS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +89,25 @@ def all_cases(scale: Scale, tables: Sequence[str] = TABLES) -> Iterator[Case]:
 
 
 def judge(trial: Trial) -> Verdict:
-    """Run a trial. The limit is twice plain torch's error, and never less than one rounding of the largest value."""
+    """Run a trial. The limit is twice plain torch's error, and never less than a rounding of the largest value; or
+    FLOAT32_ROUNDINGS of them in float32, where plain torch is the reference itself and sums in one of many orders."""
     reference = trial.reference()
     ours = trial.run()
     error = greatest_difference(ours, reference)
     if trial.plain is None:
         return Verdict(error, 0.0, 0.0)
     plain_error = greatest_difference(trial.plain(), reference)
-    types = [torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0 for out in ours]
+    types = [rounding(out.dtype) for out in ours]
     sizes = [float(out.abs().max()) if out.numel() and out.is_floating_point() else 0.0 for out in reference]
     floor = max((eps * size for eps, size in zip(types, sizes, strict=True)), default=0.0)
     return Verdict(error, plain_error, max(2 * plain_error, floor))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What a value of one may be off by, however well it was computed."""
+    if not dtype.is_floating_point:
+        return 0.0
+    return torch.finfo(dtype).eps * (FLOAT32_ROUNDINGS if dtype == torch.float32 else 1)
 
 
 def greatest_difference(ours: Outputs, reference: Outputs) -> float:

@@ -139,7 +139,7 @@ def rope_case(
             return read(inputs, caches)
 
         def torch_way(kind: torch.dtype) -> Outputs:
-            out = before.to(kind)
+            out = before.to(kind, copy=True)
             for start, stop, weight in ((0, num_q, weights[0]), (num_q, num_q + num_kv, weights[1])):
                 if norm:
                     out[:, start:stop] = rms_norm_reference(out[:, start:stop], weight, 1e-6).to(kind)
