@@ -64,7 +64,7 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
             Job(f"sanitizer: {only}", ["kernels", "--tiny", "--only", only, *common], wrapper=command)
             for only in SANITIZED
         ]
-    return [*jobs, Job("times", ["times", *only, *common], alone=True)]
+    return [*jobs, *(Job(kind, [kind, *only, *common], alone=True) for kind in ("times", "crossovers"))]
 
 
 def run(job: Job, deadline: float) -> list[Row]:
@@ -113,8 +113,11 @@ def run_all(jobs: list[Job], workers: int, deadline: float) -> list[Row]:
 
 def show(rows: list[Row]) -> str:
     """Times, what did not pass, and a line per kind of check."""
-    lines = [f"  {row['name']:60} {row['detail']}" for row in rows if row["check"] == "time"]
-    lines = ["", "times (medians)", *lines] if lines else []
+    timed = {kind: [row for row in rows if row["check"] == kind] for kind in ("time", "crossover")}
+    lines = []
+    for kind, mine in timed.items():
+        if mine:
+            lines += ["", f"{kind}s (medians)", *(f"  {row['name']:68} {row['detail']}" for row in mine)]
     lines += ["", f"{'check':28} {'passed':>7} {'failed':>7} {'not run':>8}   worst error of its limit"]
     for check in dict.fromkeys(row["check"] for row in rows):
         mine = [row for row in rows if row["check"] == check]

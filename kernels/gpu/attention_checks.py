@@ -75,10 +75,10 @@ class Inputs:
             self.table[row, : first // block_size] = -1
 
     def kernel(self) -> Outputs:
-        """The Triton kernel, into NaN."""
+        """The Triton kernel."""
         q = self.queries
         k_cache, v_cache = self.caches
-        out = torch.full_like(q, float("nan"))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         launch_attention(
             q, k_cache, v_cache, self.table, self.cu, self.lens, scale=q.shape[2] ** -0.5, out=out, q_to_kv=self.map,
             sinks=self.sinks, group_size=max(self.owners.count(kv) for kv in set(self.owners)), kv_scales=self.scales,

@@ -10,14 +10,15 @@ from shoal.kernels.gpu.activation import launch_activation
 from shoal.kernels.gpu.moe_align import launch_moe_align
 from shoal.kernels.gpu.moe_combine import launch_moe_combine
 from shoal.kernels.gpu.moe_gemm import BLOCK_ROWS_FIXED, launch_moe_gemm
-from shoal.kernels.gpu.tables import GROUPED_MM_ALIGNMENT, GROUPED_MM_ROWS
+from shoal.kernels.gpu.tables import GROUPED_MM_ALIGNMENT, GROUPED_MM_PRODUCTS
 
 
 def takes_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, rows_per_expert: float) -> bool:
     """Whether torch's grouped_mm is the better product: by the table, where it takes the tensors at all."""
     aligned = all(size % GROUPED_MM_ALIGNMENT == 0 for size in (x.shape[1], down.shape[2]))
     dense = gate_up.is_contiguous() and down.is_contiguous()
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and dense and rows_per_expert >= GROUPED_MM_ROWS
+    large = rows_per_expert * down.shape[1] * down.shape[2] >= GROUPED_MM_PRODUCTS
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and dense and large
 
 
 def launch_experts(
