@@ -35,8 +35,11 @@ import triton.language as tl
 
 from shoal.kernels.gpu.fp8 import GROUP, as_bytes, from_e4m3
 
-BLOCK_N, BLOCK_K = 64, 64
-"""Columns and inner steps of a tile: 64 x 64 16-bit weights are 8 KiB a stage."""
+TILES = {"dense": (64, 64), "int8": (128, 128), "e4m3": (64, 128), "int4": (64, 128)}
+"""Columns and inner steps of a tile, 4 to 16 KiB of weights a stage: of those tried on an H200 the fastest, but for
+dense, which is only used when deterministic."""
+TILE_FLOAT32 = (64, 32)
+"""Of float32 inputs, whatever the weights: the plain cores' products keep their operands in registers."""
 ROWS_FIXED = 64
 """Rows of a tile when deterministic: one tile for any decode batch, and a full tensor-core tile for a prompt."""
 TARGET_PROGRAMS = 264
@@ -95,24 +98,22 @@ def product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
         start = step * BLOCK_K
+        k = start + tl.arange(0, BLOCK_K)
+        x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
         if WEIGHT == 3:
             pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            packed = tl.load(w_rows + pairs[:, None], mask=(2 * pairs < lead + inner)[:, None] & column_mask, other=0)
-            at = columns[None, :].to(tl.int64) * scale_stride + start // scale_columns
+            pair_mask = (2 * pairs < lead + inner)[None, :] & (columns < num_columns)[:, None]
+            w_at = w_ptr + columns[:, None].to(tl.int64) * w_stride + pairs[None, :]
+            packed = tl.load(w_at, mask=pair_mask, other=0)
+            w = tl.interleave((packed & 15).to(tl.int8), (packed >> 4).to(tl.int8))
+            at = columns.to(tl.int64) * scale_stride + start // scale_columns
             if HAS_ZERO:
-                zero = tl.load(zero_ptr + at, mask=column_mask, other=0).to(tl.int32)
+                w = w - tl.load(zero_ptr + at, mask=columns < num_columns, other=0).to(tl.int8)[:, None]
             else:
-                zero = tl.full((1, BLOCK_N), 8, tl.int32)
-            even = x_tile(x_ptr, rows, 2 * pairs - lead, inner, x_stride, row_mask, False)
-            odd = x_tile(x_ptr, rows, 2 * pairs + 1 - lead, inner, x_stride, row_mask, False)
-            low = ((packed & 15).to(tl.int32) - zero).to(even.dtype)
-            high = ((packed >> 4).to(tl.int32) - zero).to(even.dtype)
-            part = tl.dot(even, low, input_precision="ieee")
-            part = tl.dot(odd, high, part, input_precision="ieee")
-            acc += part * tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
+                w = w - 8
+            scale = tl.load(scale_ptr + at, mask=columns < num_columns, other=0.0).to(tl.float32)
+            acc += tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee") * scale[None, :]
         else:
-            k = start + tl.arange(0, BLOCK_K)
-            x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
             w = tl.load(w_rows + k[:, None], mask=(k < lead + inner)[:, None] & column_mask, other=0)
             if WEIGHT == 0:
                 acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -245,10 +246,10 @@ def add_parts_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def split_count(columns: int, inner: int, block_k: int) -> tuple[int, int]:
+def split_count(columns: int, inner: int, block_n: int, block_k: int) -> tuple[int, int]:
     """(splits, steps of each) of a weight's inner dimension: of its shape only, never of the number of rows."""
     steps = max(triton.cdiv(inner, block_k), 1)
-    wanted = max(TARGET_PROGRAMS // max(triton.cdiv(columns, BLOCK_N), 1), 1)
+    wanted = max(TARGET_PROGRAMS // max(triton.cdiv(columns, block_n), 1), 1)
     per_split = max(triton.cdiv(steps, wanted), min(MIN_STEPS, steps))
     return triton.cdiv(steps, per_split), per_split
 
@@ -278,13 +279,13 @@ def launch_linear(
     assert x.stride(1) == 1 and weight.stride(1) == 1
     assert weight.shape[1] * (2 if kind == "int4" else 1) >= lead + inner and (lead == 0 or x_scale is None)
     fp8 = x_scale is not None
-    block_k = BLOCK_K if kind == "dense" or scale_block[1] >= lead + inner else min(BLOCK_K, scale_block[1])
-    block_k = 32 if x.dtype == torch.float32 else block_k  # the plain cores' products keep their operands in registers
+    block_n, block_k = TILE_FLOAT32 if x.dtype == torch.float32 else TILES[kind]
+    block_k = block_k if kind == "dense" or scale_block[1] >= lead + inner else min(block_k, scale_block[1])
     assert kind == "dense" or scale_block[1] >= lead + inner or (block_k >= 32 and scale_block[1] % block_k == 0)
     y = torch.empty((num_rows, num_columns), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    splits, per_split = split_count(num_columns, lead + inner, block_k)
+    splits, per_split = split_count(num_columns, lead + inner, block_n, block_k)
     block_m = ROWS_FIXED if deterministic else min(max(triton.next_power_of_2(num_rows), 16), ROWS_FIXED)
     in_parts = splits > 1 and num_rows <= ROWS_FIXED
     parts = torch.empty((splits, num_rows, num_columns) if in_parts else (0,), dtype=torch.float32, device=x.device)
@@ -293,7 +294,7 @@ def launch_linear(
     x_scales = scales if x_scale is None else x_scale
     x_scale_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
     ends = {"X_SCALE": x_scale_kind, "HAS_BIAS": bias is not None}
-    grid = (triton.cdiv(num_columns, BLOCK_N), triton.cdiv(num_rows, block_m), splits if in_parts else 1)
+    grid = (triton.cdiv(num_columns, block_n), triton.cdiv(num_rows, block_m), splits if in_parts else 1)
     linear_kernel[grid](
         as_bytes(x) if fp8 else x,
         as_bytes(weight) if kind == "e4m3" else weight,
@@ -320,7 +321,7 @@ def launch_linear(
         HAS_ZERO=zero is not None,
         PARTS=in_parts,
         BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP_SIZE=GROUP,
         num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
