@@ -14,6 +14,7 @@ from typing import TypeVar
 from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.messages import EngineStats, OutputDelta, Request
+from shoal.engine.work_thread import WorkThread
 
 IDLE_CHECK_S = 0.5  # between looks at the executor's health while there is nothing to do
 
@@ -38,8 +39,8 @@ def _put_all(deltas: list[tuple[_Stream, OutputDelta]]) -> None:
 class InprocessClient(EngineClient):
     """Owns the core and its executor from construction to `close`; may be used from several event loops."""
 
-    def __init__(self, core: EngineCore) -> None:
-        """core: fresh, its executor ready. Starts the thread."""
+    def __init__(self, core: EngineCore, thread: WorkThread | None = None) -> None:
+        """core: fresh, its executor ready. thread: to run in, the client's from now on; default: a new one."""
         self._core = core
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -48,8 +49,8 @@ class InprocessClient(EngineClient):
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
         self._failed: Future[EngineError] = Future()
-        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
-        self._thread.start()
+        self._thread = thread or WorkThread()
+        self._thread.finish(self._run)
 
     async def failed(self) -> EngineError:
         """Wait until the engine cannot serve any more; the first cause."""
