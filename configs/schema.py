@@ -281,6 +281,13 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
         Positive | None,
         Meta(description="CPU threads per rank; default: the host's cores divided by its ranks."),
     ] = None
+    pin_cores: Annotated[
+        bool,
+        Meta(
+            description="Keep every CPU rank of a tensor group to cores of its own. Only where all ranks are local "
+            "processes and the host has a core for each of their threads."
+        ),
+    ] = True
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(

@@ -159,6 +159,7 @@ class RankGroup:
             address=self._listener.address,
             key=boot.key,
             config_fingerprint=boot.config_fingerprint,
+            cores=boot.cores.get(rank, ()),
         )
 
     def _left(self, missing: str) -> float:

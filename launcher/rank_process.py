@@ -151,6 +151,8 @@ class _Rank:
         handler = _ToEngine(self._channel, boot.rank)
         logging.basicConfig(level=self._config.runtime.log_level.upper(), handlers=[handler], force=True)
         logging.captureWarnings(True)
+        if boot.cores:
+            os.sched_setaffinity(0, boot.cores)  # before torch makes threads, which inherit it
         torch.set_num_threads(boot.threads)
         torch.set_num_interop_threads(1)
         native = None

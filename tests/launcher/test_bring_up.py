@@ -9,11 +9,12 @@ import pytest
 
 import shoal.demo
 from shoal.configs.loader import load_config
-from shoal.configs.schema import LauncherConfig, ParallelConfig, ShoalConfig
+from shoal.configs.schema import LauncherConfig, ParallelConfig, RuntimeConfig, ShoalConfig
 from shoal.engine.messages import Request
 from shoal.kernels import build
 from shoal.launcher.bring_up import start_engine
 from shoal.launcher.kinds import choose_launcher, is_follower
+from shoal.launcher.local_start import cores_of_ranks
 from tests.launcher.harness import collect
 
 DEMO = Path(shoal.demo.__file__).parent
@@ -39,6 +40,28 @@ def test_the_launcher_follows_settings_then_torchrun_then_the_layout(
     assert choose_launcher(config, environ) == expected
     assert is_follower(config, environ) == (expected == "torchrun")
     assert not is_follower(config, {**environ, "RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "data", "threads", "pinned", "expected"),
+    [
+        (2, 1, 1, True, [(1,), (3,)]),
+        (2, 1, 2, True, [(1, 3), (5, 7)]),
+        (2, 2, 1, True, [(1,), (3,), (5,), (7,)]),
+        (2, 2, 2, True, []),  # not enough cores
+        (1, 2, 1, True, []),  # nobody waits for another
+        (2, 1, 1, False, []),
+    ],
+)
+def test_tensor_ranks_keep_to_cores_of_their_own_where_there_are_enough(
+    tensor: int, data: int, threads: int, pinned: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7, 1, 5, 3})
+    config = ShoalConfig(
+        parallel=ParallelConfig(tensor=tensor, data=data),
+        runtime=RuntimeConfig(device="cpu", threads=threads, pin_cores=pinned),
+    )
+    assert cores_of_ranks(config) == expected
 
 
 def test_a_missing_model_and_an_impossible_layout_are_refused_before_a_process_starts() -> None:
