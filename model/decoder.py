@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from shoal.kernels.fused import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
-from shoal.model.fused import fuse_feed_forward, fuse_mixer
+from shoal.model.fused import FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -51,6 +52,15 @@ class DecoderLayer:
         )
         self.fused_mixer = fuse_mixer(self.pre_mixer, self.mixer)
         self.fused_ffn = fuse_feed_forward(self.pre_ffn, self.ffn)
+
+    def fused(self, cache: LayerCache, rotation: int | None) -> FusedLayer | None:
+        """The whole layer for the fused operations; None where there is more to it."""
+        more = (self.post_mixer, self.post_ffn, self.mixer.out_bias, self.ffn.out_bias)
+        if self.fused_mixer is None or self.fused_ffn is None or any(part is not None for part in more):
+            return None
+        if self.residual != "sequential" or self.group.size > 1:
+            return None
+        return FusedLayer(self.fused_mixer, self.fused_ffn, cache.keys, cache.values, cache.group, rotation)
 
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
@@ -213,11 +223,19 @@ class Stage:
 
     @torch.inference_mode()
     def forward(self, batch: BatchInput, hidden_TH: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """This stage's layers. hidden: [T, H], from embed or from the stage before. The tokens' keys and values are
-        written to the cache. Returns [T, H].
+        """This stage's layers. hidden: [T, H], from embed or from the stage before; it may be overwritten. The tokens'
+        keys and values are written to the cache. Returns [T, H].
         """
         branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
+        if len(hidden_TH) <= FEW_TOKENS and (runs := self.runs(cache)):
+            steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
+            for run in runs:
+                hidden_TH, branch_TH = run(hidden_TH, branch_TH, looked_up, steps)
+                if self.on_layer is not None:
+                    self.on_layer()
+            assert branch_TH is not None
+            return branch_TH.add_(hidden_TH)
         for index, layer in self.layers.items():
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
@@ -225,6 +243,14 @@ class Stage:
             if self.on_layer is not None:
                 self.on_layer()
         return hidden_TH if branch_TH is None else branch_TH.add_(hidden_TH)
+
+    def runs(self, cache: KVCache) -> list[FusedLayers]:
+        """The layers on this cache in few calls of whole layers; none where one of them has to be taken apart."""
+        if cache.runs is None:
+            layers = [layer.fused(cache.layers[index], self.rotations[index]) for index, layer in self.layers.items()]
+            whole = [layer for layer in layers if layer is not None]
+            cache.runs = runs_of_layers(whole) if whole and len(whole) == len(layers) else []
+        return cache.runs
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

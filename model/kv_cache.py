@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.kernels.fused import FusedLayers
 from shoal.model.kv_layout import layer_groups
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
@@ -25,7 +26,7 @@ class KVCache:
     """The caches of layers [first_layer, last_layer) of a rank, found by the layer's number in the model.
 
     num_blocks: per cache group of the spec. Contents are undefined until written: nothing may read a slot that no token
-    was written to.
+    was written to. runs: the stage's layers on this cache in few calls; the stage makes them when it first needs them.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class KVCache:
         groups = layer_groups(spec)
         assert len(num_blocks) == len(spec.cache_windows), (num_blocks, spec.cache_windows)
         self.block_size = block_size
+        self.runs: list[FusedLayers] | None = None
         self.layers: dict[int, LayerCache] = {}
         for index in range(shard.first_layer, shard.last_layer):
             mixer = spec.layers[index].mixer
