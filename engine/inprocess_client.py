@@ -96,7 +96,8 @@ class InprocessClient(EngineClient):
         if not self._post(lambda: self._drained.append(drained)):
             return []
         try:
-            await asyncio.wait_for(asyncio.wrap_future(drained), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wrap_future(drained)
         except TimeoutError:
             return await self._ask(lambda: list(self._streams))
         return []

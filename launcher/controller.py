@@ -124,7 +124,8 @@ class Controller(EngineClient):
         if slot.in_flight:
             slot.emptied.clear()
             try:
-                await asyncio.wait_for(slot.emptied.wait(), self.options.drain_timeout_s)
+                async with asyncio.timeout(self.options.drain_timeout_s):
+                    await slot.emptied.wait()
             except TimeoutError:
                 await dispatch.move([entry for entry in ledger if entry.slot is slot])
         await slot.stop()  # streams that are still there end, and go on elsewhere
@@ -198,7 +199,8 @@ class Controller(EngineClient):
         """Refuse new requests, wait for the accepted ones; returns the ids that did not finish in time."""
         self._dispatch.draining = True
         try:
-            await asyncio.wait_for(self._dispatch.idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._dispatch.idle.wait()
         except TimeoutError:
             pass
         return sorted(entry.request_id for entry in self._dispatch.ledger)

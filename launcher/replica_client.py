@@ -141,7 +141,8 @@ class ReplicaClient(EngineClient):
         answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self._drains.append(answer)
         await self._send(Drain(timeout_s=timeout_s))
-        return await asyncio.wait_for(answer, timeout_s + DRAIN_SLACK_S)
+        async with asyncio.timeout(timeout_s + DRAIN_SLACK_S):
+            return await answer
 
     async def close(self) -> None:
         """Stop the replica. Idempotent."""

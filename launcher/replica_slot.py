@@ -203,7 +203,8 @@ class ReplicaSlot:
         if handle is None:
             return
         try:
-            await asyncio.wait_for(asyncio.shield(handle.stop()), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await asyncio.shield(handle.stop())
         except (EngineError, TimeoutError, OSError) as error:
             logger.warning("replica %d did not stop: %s: %s", self.number, type(error).__name__, error)
 
@@ -216,7 +217,8 @@ class ReplicaSlot:
         now, handle, stats = time.monotonic(), self.handle, None
         if self.serves and handle is not None:
             try:
-                (stats,) = await asyncio.wait_for(handle.client.stats(), STATS_TIMEOUT_S)
+                async with asyncio.timeout(STATS_TIMEOUT_S):
+                    (stats,) = await handle.client.stats()
             except (EngineError, TimeoutError):
                 pass  # it is about to be found dead, or deep in a step
         return ReplicaStatus(
