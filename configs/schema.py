@@ -180,6 +180,10 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
         Positive,
         Meta(description="Requests waiting per replica before new ones are refused."),
     ] = 8192
+    max_queue_wait_s: Annotated[
+        Seconds | None,
+        Meta(description="New requests are refused while one is expected to wait longer than this for its first step."),
+    ] = None
 
 
 class LauncherConfig(Section, frozen=True, kw_only=True):

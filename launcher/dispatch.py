@@ -30,12 +30,13 @@ FULL_PAUSE_S = 0.1
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """max_model_len: bounds the expected output of a request without max_tokens. max_in_flight: requests a replica may
     have at once, running and queued. max_waiting: accepted requests no replica works on. Beyond these, new ones are
-    refused.
+    refused. bounded_wait: replicas refuse what would wait too long for its turn; then none waits in front of them.
     """
 
     max_model_len: int = 1 << 31
     max_in_flight: int = 8192 + 256
     max_waiting: int = 8192
+    bounded_wait: bool = False
 
 
 class Dispatch:
@@ -66,16 +67,9 @@ class Dispatch:
         self.check()
         if self.draining:
             raise EngineError("the engine is draining and takes no new requests")
-        ready = [slot for slot in self._slots.values() if slot.ready]
-        full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
         kept = self.journal is not None and request.request_id in self.journal.live  # an earlier controller accepted it
-        if not kept and (full or self.num_waiting >= self.limits.max_waiting):
-            self.refused += 1
-            raise QueueFull(
-                f"{len(self.ledger)} requests are under way or wait already (scheduler.max_queued_requests): come back "
-                "later, or raise it",
-                self._retry_after_s(),
-            )
+        if not kept:
+            self._check_room()
         entry = self.ledger.add(request)
         entry.firm = kept
         try:
@@ -89,6 +83,26 @@ class Dispatch:
             raise
         self.idle.clear()
         return entry
+
+    def _check_room(self) -> None:
+        """Raise QueueFull, without asking a replica, when a new request is to be refused."""
+        ready = [slot for slot in self._slots.values() if slot.ready]
+        taking = any(self._has_room(slot) for slot in ready)
+        if self.limits.bounded_wait:
+            refused, setting = not taking or bool(self.num_waiting), "scheduler.max_queue_wait_s"
+        else:
+            refused = (bool(ready) and not taking) or self.num_waiting >= self.limits.max_waiting
+            setting = "scheduler.max_queued_requests"
+        if refused:
+            self.refused += 1
+            raise QueueFull(
+                f"{len(self.ledger)} requests are under way or wait already ({setting}): come back later, or raise it",
+                self._retry_after_s(),
+            )
+
+    def _has_room(self, slot: ReplicaSlot) -> bool:
+        """Whether a ready replica is to be asked: it has places, and has not just said that it is full."""
+        return slot.in_flight < self.limits.max_in_flight and not slot.says_full
 
     @property
     def num_waiting(self) -> int:
@@ -172,14 +186,15 @@ class Dispatch:
                 loads = {
                     number: slot.work
                     for number, slot in self._slots.items()
-                    if slot.ready and slot.in_flight < self.limits.max_in_flight and number not in entry.refused_by
+                    if slot.ready and self._has_room(slot) and number not in entry.refused_by
                 }
                 if loads:
                     line.leave(entry)
                     self._on_trial = entry if suspect else self._on_trial
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
             entry.firm = True
-            await line.wait(entry, entry.seconds_left)
+            waits = [entry.seconds_left, *(slot.full_for_s for slot in self._slots.values() if slot.says_full)]
+            await line.wait(entry, min((each for each in waits if each is not None), default=None))
             entry.refused_by.clear()
 
     async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
@@ -206,7 +221,7 @@ class Dispatch:
                             self.journal.emitted(entry.request_id, delta.start, delta.token_ids, delta.logprobs)
                         yield delta
         except QueueFull as error:
-            await self._refused_by(slot, entry, error)
+            self._refused_by(slot, entry, error)
         except ValueError as error:  # a rebuilt replica may have less memory than the first had
             if not entry.firm:
                 raise
@@ -247,7 +262,9 @@ class Dispatch:
     def _leave(self, slot: ReplicaSlot, entry: Entry) -> None:
         slot.in_flight -= 1
         slot.work -= entry.work
-        if not entry.started_here:
+        if entry.started_here:
+            slot.has_place()
+        else:
             self.routing.arrived(entry.request, slot.number)
         entry.slot, entry.work = None, 0
         self._end_trial(entry)
@@ -275,17 +292,14 @@ class Dispatch:
         text = f"{entry.fruitless} replicas in a row died under this request before its next token; the last: "
         return entry.last_delta("error", text + (delta.error or "no reason was given"))
 
-    async def _refused_by(self, slot: ReplicaSlot, entry: Entry, error: QueueFull) -> None:
+    def _refused_by(self, slot: ReplicaSlot, entry: Entry, error: QueueFull) -> None:
         """A replica is full by its own account: others may have room. If none has, a new request is refused, one that
-        has been accepted tries again a little later.
+        has been accepted waits until a place frees, or a little. The replica is not asked again meanwhile.
         """
-        entry.refused_by.add(slot.number)
-        if all(number in entry.refused_by for number, other in self._slots.items() if other.ready):
-            entry.refused_by.clear()
-            if not entry.firm:
-                self.refused += 1
-                raise error
-            await asyncio.sleep(FULL_PAUSE_S)
+        slot.is_full(min(error.retry_after_s, FULL_PAUSE_S))
+        if not entry.firm and not any(other.ready and self._has_room(other) for other in self._slots.values()):
+            self.refused += 1
+            raise error
 
     @staticmethod
     async def _is_dead(slot: ReplicaSlot, handle: ReplicaHandle) -> bool:

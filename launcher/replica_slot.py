@@ -66,6 +66,7 @@ class ReplicaSlot:
         self.handle: ReplicaHandle | None = None
         self.capacity: Ready | None = None
         self.work = self.in_flight = 0
+        self._full_until = 0.0
         self.emptied = asyncio.Event()
         self.served = False
         self.life = 0
@@ -90,6 +91,24 @@ class ReplicaSlot:
     def may_serve(self) -> bool:
         """Whether it takes requests now or may again."""
         return self.state in ("starting", "ready", "backing off")
+
+    @property
+    def full_for_s(self) -> float:
+        """Seconds until it is to be asked again, after it said that it is full; 0 when it may be asked."""
+        return max(0.0, self._full_until - time.monotonic())
+
+    @property
+    def says_full(self) -> bool:
+        """Whether it has just said that it is full."""
+        return self._full_until > time.monotonic()
+
+    def is_full(self, seconds: float) -> None:
+        """It said so: it is not asked for so long, or until `has_place`."""
+        self._full_until = time.monotonic() + seconds
+
+    def has_place(self) -> None:
+        """One of its requests has ended."""
+        self._full_until = 0.0
 
     async def bring_up(self, on_progress: Progress | None = None) -> Ready:
         """Start a replica and wait until it is ready. Raises ValueError, EngineError, after ending what was started."""

@@ -74,6 +74,28 @@ def test_a_full_replica_is_passed_over_and_only_all_full_is_an_error() -> None:
     run(body())
 
 
+def test_a_replica_that_said_it_is_full_is_not_asked_again_before_one_of_its_requests_ends() -> None:
+    async def body() -> None:
+        async with scripted(1, limits=Limits(bounded_wait=True)) as (controller, (replica,)):
+            stream = controller.submit(request([1], 2, "runs"))
+            await anext(stream)
+            replica.refusal = QueueFull("would wait", 60.0)
+            with pytest.raises(QueueFull, match="would wait"):
+                await anext(controller.submit(request([1], 2, "asks")))
+            assert controller._slots[0].says_full
+            controller._slots[0].is_full(60.0)
+            replica.refusal = None
+            with pytest.raises(QueueFull, match=r"scheduler\.max_queue_wait_s"):
+                await anext(controller.submit(request([1], 2, "does not ask")))
+            replica.go.set()
+            await _rest(stream)
+            await collect(controller.submit(request([1], 2, "finds a place")))
+            assert replica.accepted == ["runs", "finds a place"]
+            assert (await controller.status()).refused == 2
+
+    run(body())
+
+
 def test_the_controller_refuses_by_its_own_count_without_asking_a_replica() -> None:
     async def body() -> None:
         async with scripted(2, limits=Limits(max_in_flight=1)) as (controller, replicas):
