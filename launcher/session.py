@@ -41,6 +41,13 @@ class Session:
         config = self.resolved.config
         return config.scheduler.max_queued_requests * config.parallel.data
 
+    @property
+    def window(self) -> int:
+        """Requests that keep every replica busy: as many as run at once, and as many again for their places."""
+        scheduler = self.resolved.config.scheduler
+        per_replica = scheduler.max_num_seqs + min(scheduler.max_num_seqs, scheduler.max_queued_requests)
+        return per_replica * self.resolved.config.parallel.data
+
     async def close(self) -> None:
         """End the engine and its ranks. May be called twice."""
         await self.front_end.client.close()
