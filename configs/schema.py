@@ -232,6 +232,15 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
     ] = 60.0
+    lease_s: Annotated[
+        float,
+        Meta(
+            ge=0.2,
+            le=1e6,
+            description="Seconds without a sign of life, which comes five times as often, after which a front end of a "
+            "detached model (`shoal up`) loses what it asked for; one that comes back goes on.",
+        ),
+    ] = 0.75
     routing: Annotated[
         Literal["prefix", "least_loaded", "round_robin"],
         Meta(

@@ -160,7 +160,8 @@ class DetachedController:
         self._controller, self._orphans = controller, Orphans(controller, journal)
         self._orphans.start(RETURN_S)
         ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
-        door = ControllerDoor(controller, self._orphans, ready, cluster.own_node().address)
+        address, lease_s = cluster.own_node().address, config.launcher.lease_s
+        door = ControllerDoor(controller, self._orphans, ready, address, lease_s)
         self._serving = asyncio.create_task(door.serve())
         self._door = Door(
             address=door.address,
@@ -168,6 +169,7 @@ class DetachedController:
             vocab_size=ready.capacity.vocab_size,
             max_model_len=ready.capacity.max_model_len,
             checkpoint=digest,
+            lease_s=lease_s,
         )
         self._doing = "serving"
         logger.info("%s takes requests at %s", order.name, door.address)

@@ -2,14 +2,18 @@
 
 import asyncio
 import errno
+import json
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from shoal.configs.schema import ModelConfig, ShoalConfig
+from shoal.configs.schema import LauncherConfig, ModelConfig, ShoalConfig
 from shoal.engine.client import EngineError
 from shoal.engine.fake_executor import StepLatency
 from shoal.engine.messages import EngineStats
@@ -26,14 +30,15 @@ from tests.launcher.harness import collect, request, run, until
 
 CONFIG = ShoalConfig(model=ModelConfig(max_model_len=512))
 SLOW = StepLatency(base_s=0.005)
+SCRIPT = Path(__file__).with_name("front_end_script.py")
 
 
 class Host:
     """A detached controller: its door while it is there. journal: of the life that is next, or under way."""
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Path, lease_s: float = 10.0) -> None:
         self.door: Door | None = None
-        self.journal = journal
+        self.journal, self.lease_s = journal, lease_s
 
     def lose(self) -> None:
         """From now on as if the controller had been killed: the ends of its requests are not noted."""
@@ -50,7 +55,7 @@ class Host:
         (ready, _) = await controller.start()
         orphans = Orphans(controller, journal)
         orphans.start(20.0)
-        door = ControllerDoor(controller, orphans, ready, "127.0.0.1")
+        door = ControllerDoor(controller, orphans, ready, "127.0.0.1", self.lease_s)
         task = asyncio.create_task(door.serve())
         opening = asyncio.create_task(self._open(door, closed))
         try:
@@ -67,7 +72,9 @@ class Host:
     async def _open(self, door: ControllerDoor, closed: asyncio.Event | None) -> None:
         if closed is not None:
             await closed.wait()
-        self.door = Door(address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="")
+        self.door = Door(
+            address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="", lease_s=self.lease_s
+        )
 
     @asynccontextmanager
     async def attached(self) -> AsyncIterator[Controller]:
@@ -232,19 +239,44 @@ def test_front_end_that_leaves_frees_what_it_had(tmp_path: Path) -> None:
     run(body())
 
 
-def test_front_end_that_falls_silent_loses_its_blocks_and_goes_on_when_it_is_back(
+def test_front_end_that_falls_silent_is_cut_off_and_goes_on_when_it_is_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(attached, "RENEW_INTERVAL_S", 30.0)
-    monkeypatch.setattr(controller_door, "LEASE_S", 0.3)
+    monkeypatch.setattr(attached, "RENEWALS", 0.01)
 
     async def body() -> None:
-        host = Host(tmp_path / "journal")
+        host = Host(tmp_path / "journal", lease_s=0.3)
         async with host.serving() as controller, host.attached() as client:
             task = asyncio.create_task(collect(client.submit(request([5, 6], 150))))
             tokens, last = await task
             assert last.finish_reason == "length" and tokens == await alone([5, 6], 150)
             assert (await controller.status()).accepted > 1, "it was cut off in between"
+
+    run(body())
+
+
+def test_stopped_front_end_frees_its_blocks_within_a_second_and_goes_on_when_it_runs_again(tmp_path: Path) -> None:
+    """A process of its own, stopped by SIGSTOP: its connection stays."""
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        host = Host(tmp_path / "journal", LauncherConfig().lease_s)
+        async with host.serving() as controller:
+            await until(lambda: host.door is not None, "the door")
+            front_end = await asyncio.create_subprocess_exec(
+                *(sys.executable, str(SCRIPT), str(SCRIPT.parents[2]), msgspec.json.encode(host.door).decode()),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            assert front_end.stdout is not None
+            await until(lambda: emitted(controller) > 20, "tokens", 20.0)
+            front_end.send_signal(signal.SIGSTOP)
+            stopped = loop.time()
+            while any(stats.referenced_blocks != [0] for stats in await controller.stats()):
+                assert loop.time() - stopped < 1.0 + 1.0, "blocks are still held"
+                await asyncio.sleep(0.01)
+            front_end.send_signal(signal.SIGCONT)
+            tokens = json.loads(await front_end.stdout.read())
+            assert await front_end.wait() == 0 and tokens == await alone([5, 6], 250)
 
     run(body())
 
