@@ -57,7 +57,7 @@ class _Batch:
 
     async def run(self, count: int) -> int:
         """Start the engine, answer `count` lines, end it."""
-        session = await open_session_shown(self._resolved)
+        session = await open_session_shown(self._resolved, drains=True)
         progress = self._progress = BatchProgress(count)
         watcher = asyncio.ensure_future(self._watch(session))
         self._drain.listen()

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     _check_sampling(resolved)
     loop = LoopThread("shoal-chat")
     try:
-        session = loop.run(open_session_shown(resolved, lambda tokenizer: _check_template(tokenizer, args.system)))
+        session = loop.run(
+            open_session_shown(resolved, lambda tokenizer: _check_template(tokenizer, args.system), drains=True)
+        )
         try:
             drain = AnswerDrain(resolved.config.launcher.drain_timeout_s)
             if not is_torchrun(os.environ):  # which ends the ranks as well, at once

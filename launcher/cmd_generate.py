@@ -66,7 +66,7 @@ def _read_lines(args: argparse.Namespace, resolved: ResolvedConfig) -> list[Prom
 
 
 async def _run(lines: list[PromptLine], output: TextIO | None, resolved: ResolvedConfig) -> int:
-    session = await open_session_shown(resolved)
+    session = await open_session_shown(resolved, drains=True)
     drain = Drain(resolved.config.launcher.drain_timeout_s)
     try:
         if not is_torchrun(os.environ):  # which ends the ranks as well, at once

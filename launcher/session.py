@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.configs.model_path import resolve_model_path
 from shoal.configs.resolved import ResolvedConfig
+from shoal.launcher.idle_settings import DETACHED, DRAINING, check_idle
 from shoal.launcher.progress import StartLine
 from shoal.launcher.replica_messages import Starting
 from shoal.model.families import load_spec
@@ -57,16 +58,22 @@ async def open_session(
     resolved: ResolvedConfig,
     on_progress: Callable[[Starting], None] | None = None,
     check_tokenizer: Callable[[Tokenizer | None], None] | None = None,
+    *,
+    drains: bool = False,
 ) -> Session:
     """Find the checkpoint, read its tokenizer, start the engine.
 
     on_progress: told what the start is doing. check_tokenizer: raises ValueError for one that will not do (None with
-    skip_tokenizer_init), before the engine is started.
+    skip_tokenizer_init), before the engine is started. drains: the caller keeps launcher.drain_timeout_s when it is
+    told to end.
 
     Raises ConfigError or ValueError for what cannot be used, before a process starts; EngineError when the start fails.
     """
     from shoal.launcher.bring_up import start_engine
 
+    check_idle(resolved, DETACHED, "it is about detached models, which `shoal up` starts")
+    if not drains:
+        check_idle(resolved, DRAINING, "nothing here waits for what runs when it is told to end")
     model = resolved.config.model
     model_dir = None
     if model.path is not None:
@@ -97,12 +104,15 @@ async def open_session(
 
 
 async def open_session_shown(
-    resolved: ResolvedConfig, check_tokenizer: Callable[[Tokenizer | None], None] | None = None
+    resolved: ResolvedConfig,
+    check_tokenizer: Callable[[Tokenizer | None], None] | None = None,
+    *,
+    drains: bool = False,
 ) -> Session:
     """`open_session` for a command: its progress, then the choices made and the memory table, on standard error."""
     line = StartLine()
     try:
-        session = await open_session(resolved, line, check_tokenizer)
+        session = await open_session(resolved, line, check_tokenizer, drains=drains)
     finally:
         line.clear()
     print(session.report, file=sys.stderr)
