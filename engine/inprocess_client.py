@@ -36,7 +36,9 @@ def _put_all(deltas: list[tuple[_Stream, OutputDelta]]) -> None:
 
 
 class InprocessClient(EngineClient):
-    """Owns the core and its executor from construction to `close`; may be used from several event loops."""
+    """Owns the core and its executor from construction to `close`; may be used from several event loops. on_accepted:
+    told the id of every request that was accepted.
+    """
 
     def __init__(self, core: EngineCore) -> None:
         """core: fresh, its executor ready. Starts the thread."""
@@ -48,6 +50,7 @@ class InprocessClient(EngineClient):
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
         self._failed: Future[EngineError] = Future()
+        self.on_accepted: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
         self._thread.start()
 
@@ -67,6 +70,8 @@ class InprocessClient(EngineClient):
         try:
             self._submitting.add(stream)
             await self._ask(lambda: self._accept(request, stream))
+            if self.on_accepted is not None:
+                self.on_accepted(request.request_id)
             while not finished:
                 delta = await stream.queue.get()
                 finished = delta.finish_reason is not None

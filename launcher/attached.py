@@ -121,6 +121,11 @@ class AttachedReplica(ReplicaHandle):
         assert self._client is not None, "it was ready"
         return await self._client.failed()
 
+    def watch_accepted(self, on_accepted: Callable[[str], None]) -> None:
+        """From the controller's messages."""
+        assert self._client is not None, "it was ready"
+        self._client.on_accepted = on_accepted
+
     async def stop(self) -> None:
         """Leave; the controller goes on."""
         if self._renewing is not None:

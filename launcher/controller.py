@@ -72,6 +72,7 @@ class Controller(EngineClient):
             self._routing.forget(slot.number)
         if slot.ready and slot.handle is not None:
             slot.handle.watch_cache(partial(self._cache_changed, slot.number))
+            slot.handle.watch_accepted(self._dispatch.accepted)
         if slot.may_serve:
             self._dispatch.wake()
         else:
@@ -131,9 +132,11 @@ class Controller(EngineClient):
         await slot.stop()  # streams that are still there end, and go on elsewhere
         del self._slots[slot.number]
 
-    def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """Accept a request and stream its deltas, whatever happens to replicas meanwhile; see EngineClient."""
-        return self._dispatch.stream(request)
+    def submit(self, request: Request, on_accepted: Callable[[], None] | None = None) -> AsyncIterator[OutputDelta]:
+        """Accept a request and stream its deltas, whatever happens to replicas meanwhile; see EngineClient.
+        on_accepted: called once, when the journal holds it and it will not be refused any more.
+        """
+        return self._dispatch.stream(request, on_accepted)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests wherever they are; unknown or finished ids are no error."""

@@ -2,8 +2,9 @@
 
 To such a front end the controller is one big replica (`shoal.launcher.attached`). One that goes away ends its requests
 at once, so their blocks are free again; so does one that is not heard for its lease, stopped or cut off: should it come
-back, it connects again and gives its requests in anew. Nothing is said of a request, but that it is refused, before the
-journal holds it; after the controller's own death front ends join what goes on already (`shoal.launcher.orphans`).
+back, it connects again and gives its requests in anew. Acknowledged, the first word of a request unless it is Rejected,
+is sent when the journal holds it; after the controller's own death front ends join what goes on already
+(`shoal.launcher.orphans`).
 """
 
 import asyncio
@@ -17,7 +18,18 @@ from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import Abort, Drain, Drained, EngineStats, OutputDelta, Request, StatsQuery, Submit
 from shoal.launcher.controller import Controller
 from shoal.launcher.orphans import Orphans
-from shoal.launcher.replica_messages import TO_ENGINE, Beat, Enter, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
+from shoal.launcher.replica_messages import (
+    TO_ENGINE,
+    Acknowledged,
+    Beat,
+    Enter,
+    Outputs,
+    Ready,
+    Rejected,
+    Renew,
+    Shutdown,
+    ToEngine,
+)
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener, new_key
@@ -152,7 +164,7 @@ class _Guest:
         """Pass a request on and its deltas back."""
         inner = msgspec.structs.replace(request, request_id=self._prefix + request.request_id)
         try:
-            async with aclosing(self._orphans.submit(inner)) as deltas:
+            async with aclosing(self._orphans.submit(inner, lambda: self._acknowledge(request.request_id))) as deltas:
                 await self._pass_back(request.request_id, deltas)
         except ControlError:
             pass  # the reader finds the channel closed, and ends all of this front end
@@ -162,6 +174,13 @@ class _Guest:
             self._channel.post(
                 Rejected(request_id=request.request_id, kind=kind, text=str(error), retry_after_s=retry_s)  # type: ignore[arg-type]
             )
+
+    def _acknowledge(self, request_id: str) -> None:
+        """The journal holds a request."""
+        try:
+            self._channel.post(Acknowledged(request_ids=[request_id]))
+        except ControlError:
+            pass  # the reader finds the channel closed, and ends all of this front end
 
     async def _pass_back(self, request_id: str, deltas: AsyncIterator[OutputDelta]) -> None:
         async for delta in deltas:

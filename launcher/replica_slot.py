@@ -47,7 +47,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaSlot:
     """One replica's place. Used from one event loop.
 
-    work: outstanding tokens of the requests it was given; in_flight: how many they are (the controller counts both).
+    work: outstanding tokens of the requests it was given; in_flight: how many they are; unanswered: of how many of them
+    it has said nothing yet (the controller counts all three).
     emptied: set when the last of them has left. served: its present life has given a token.
     """
 
@@ -65,7 +66,7 @@ class ReplicaSlot:
         self.state: ReplicaState = "starting"
         self.handle: ReplicaHandle | None = None
         self.capacity: Ready | None = None
-        self.work = self.in_flight = 0
+        self.work = self.in_flight = self.unanswered = 0
         self._full_until = 0.0
         self.emptied = asyncio.Event()
         self.served = False

@@ -16,7 +16,7 @@ import pytest
 from shoal.configs.schema import LauncherConfig, ModelConfig, ShoalConfig
 from shoal.engine.client import EngineError
 from shoal.engine.fake_executor import StepLatency
-from shoal.engine.messages import EngineStats
+from shoal.engine.messages import EngineStats, Submit
 from shoal.launcher import attached, controller_door
 from shoal.launcher.attached import AttachedReplica, Door, NotYet, new_front_end
 from shoal.launcher.controller import Controller, ControllerOptions
@@ -24,8 +24,9 @@ from shoal.launcher.controller_door import ControllerDoor, sum_stats
 from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.journal import Journal, Kept
 from shoal.launcher.orphans import Orphans
-from shoal.launcher.replica_messages import Ready
-from shoal.parallel.control_connect import Listener
+from shoal.launcher.replica_messages import FROM_ENGINE, Acknowledged, Enter, Outputs, Ready, Rejected
+from shoal.parallel.control_async import AsyncChannel
+from shoal.parallel.control_connect import Listener, connect
 from tests.launcher.harness import collect, request, run, until
 
 CONFIG = ShoalConfig(model=ModelConfig(max_model_len=512))
@@ -219,6 +220,87 @@ def test_nothing_is_said_of_a_request_before_it_is_kept(tmp_path: Path, monkeypa
             assert [name.rpartition("/")[2] for name in kept_in(host.journal)] == ["b"]
             assert [delta.finish_reason async for delta in stream][-1] == "length"
             await until(lambda: not kept_in(host.journal), "its end to be noted")
+
+    run(body())
+
+
+async def entered(door: Door) -> AsyncChannel[Any]:
+    """A front end's end of its connection, by hand."""
+    channel = await asyncio.to_thread(connect, door.address, door.key, FROM_ENGINE, "prod", 10.0)
+    opened: AsyncChannel[Any] = await AsyncChannel.adopt(channel)
+    opened.post(Enter(front_end=new_front_end()))
+    assert isinstance(await opened.receive(10.0), Ready)
+    return opened
+
+
+def test_acceptance_is_said_after_the_journal_write_and_before_the_first_token(tmp_path: Path) -> None:
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
+        async with host.serving():
+            await until(lambda: host.door is not None, "the door")
+            assert host.door is not None
+            channel = await entered(host.door)
+            channel.post(Submit(request=request([5, 6], 5)))
+            told: list[Any] = []
+            while not told or not isinstance(told[-1], Outputs):
+                message = await channel.receive(10.0)
+                if isinstance(message, Acknowledged | Outputs | Rejected):
+                    told.append(message)
+                if isinstance(message, Acknowledged):
+                    assert [name.rpartition("/")[2] for name in kept_in(host.journal)] == ["a"]
+            assert told[0] == Acknowledged(request_ids=["a"]) and len(told) == 2
+            channel.close()
+
+    run(body())
+
+
+def test_what_is_not_kept_is_rejected_and_never_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "_write", _no_space)
+
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
+        async with host.serving():
+            await until(lambda: host.door is not None, "the door")
+            assert host.door is not None
+            channel = await entered(host.door)
+            channel.post(Submit(request=request([5, 6], 5)))
+            while not isinstance(message := await channel.receive(10.0), Rejected):
+                assert not isinstance(message, Acknowledged)
+            channel.close()
+
+    run(body())
+
+
+def test_a_death_between_the_journal_write_and_the_acknowledgement_runs_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        host, lives = Host(tmp_path / "journal"), AsyncExitStack()
+        await lives.enter_async_context(host.serving())
+        written = asyncio.Event()
+
+        async def dies(guest: Any, request_id: str, deltas: Any) -> None:
+            await anext(deltas)
+            written.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as first_life:
+            first_life.setattr(controller_door._Guest, "_acknowledge", lambda guest, request_id: None)
+            first_life.setattr(controller_door._Guest, "_pass_back", dies)
+            async with host.attached() as client:
+                front = client._dispatch
+                task = asyncio.create_task(collect(client.submit(request([5, 6], 100))))
+                await written.wait()
+                host.lose()
+                await lives.aclose()
+                entry = front.ledger.get("a")
+                assert entry is not None and not entry.started_here and len(kept_in(host.journal)) == 1
+                first_life.undo()
+                async with host.serving() as controller:
+                    tokens, last = await task
+                    status = await controller.status()
+        assert (status.accepted, status.lost) == (1, 0) and last.finish_reason == "length"
+        assert tokens == await alone([5, 6], 100)
 
     run(body())
 
