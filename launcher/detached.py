@@ -153,13 +153,16 @@ class DetachedController:
         cluster = Cluster()
         journal = self._journal = await asyncio.to_thread(open_journal, order.name, order.launch)
         fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
-        count, missing = await self._recover(fleet, journal)
+        count, kept = await self._recover(fleet, journal)
         controller = make_controller(fleet.make, count, fleet.settled, journal=journal)
-        readies = await controller.start(self._tell, later=missing)  # what runs neither waits nor ends with them
+        if kept:
+            first = await controller.take_over(kept, self._tell)
+        else:
+            first = (await controller.start(self._tell))[0]
         journal.want(count)
         self._controller, self._orphans = controller, Orphans(controller, journal)
         self._orphans.start(RETURN_S)
-        ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
+        ready = Ready(capacity=first.capacity, report="\n".join([*fleet.settled.notes, first.report]))
         address, lease_s = cluster.own_node().address, config.launcher.lease_s
         door = ControllerDoor(controller, self._orphans, ready, address, lease_s)
         self._serving = asyncio.create_task(door.serve())
@@ -175,7 +178,9 @@ class DetachedController:
         logger.info("%s takes requests at %s", order.name, door.address)
 
     async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
-        """Find what an earlier life left, or place replicas; how many there shall be, and those not found."""
+        """Find what an earlier life left, or place replicas; how many there shall be, and those of them that were
+        found.
+        """
         name, found = self._order.name, await fleet.recover()
         count = journal.wanted or (max(found) + 1 if found else self._order.config.parallel.data)
         for number in found:
@@ -191,8 +196,7 @@ class DetachedController:
             logger.warning("%s: the last %d bytes of the journal were torn", name, journal.torn_bytes)
         if not kept:
             await fleet.prepare(range(count))
-            return count, []
-        return count, [number for number in range(count) if number not in kept]
+        return count, kept
 
     def _tell(self, starting: Starting) -> None:
         self._doing = starting.doing

@@ -129,15 +129,15 @@ class ReplicaSlot:
         """Watch the replica that was brought up, and keep one there. Call once."""
         self._task = asyncio.get_running_loop().create_task(self._supervise(), name=f"replica {self.number}")
 
-    def start_supervised(self) -> None:
+    def start_supervised(self, on_progress: Progress | None = None) -> None:
         """Bring the first replica up and keep one there, in the background; a failed start counts as a failed life."""
         self._task = asyncio.get_running_loop().create_task(
-            self._bring_up_and_supervise(), name=f"replica {self.number}"
+            self._bring_up_and_supervise(on_progress), name=f"replica {self.number}"
         )
 
-    async def _bring_up_and_supervise(self) -> None:
+    async def _bring_up_and_supervise(self, on_progress: Progress | None) -> None:
         try:
-            await self.bring_up()
+            await self.bring_up(on_progress)
         except (ValueError, EngineError) as error:
             self._note(error)
             if not await self._rebuild():
