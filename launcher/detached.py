@@ -34,6 +34,7 @@ from shoal.launcher.ray_fleet import RayFleet
 from shoal.launcher.ray_places import end_crews
 from shoal.launcher.replica_messages import Ready, Starting
 from shoal.launcher.replicas import make_controller
+from shoal.launcher.session import keep_heap
 from shoal.launcher.state_folder import open_journal, remove_journal
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.families import load_spec
@@ -175,6 +176,7 @@ class DetachedController:
             lease_s=lease_s,
         )
         self._doing = "serving"
+        keep_heap()
         logger.info("%s takes requests at %s", order.name, door.address)
 
     async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
