@@ -147,7 +147,7 @@ _FIXED_AT_START = frozenset(
     + [f"runtime.{name}" for name in ("device", "deterministic", "threads", "collectives", "native")]
     + [
         f"launcher.{name}"
-        for name in ("step_timeout_s", "controller_grace_s", "max_restarts", "routing", "load_factor")
+        for name in ("step_timeout_s", "controller_grace_s", "lease_s", "max_restarts", "routing", "load_factor")
     ]
 )
 """Beside the layout, cache and scheduler: what a detached model was started with, and a front end cannot change."""

@@ -180,6 +180,10 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
         Positive,
         Meta(description="Requests waiting per replica before new ones are refused."),
     ] = 8192
+    max_queue_wait_s: Annotated[
+        Seconds | None,
+        Meta(description="New requests are refused while one is expected to wait longer than this for its first step."),
+    ] = None
 
 
 class LauncherConfig(Section, frozen=True, kw_only=True):
@@ -228,6 +232,15 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
     ] = 60.0
+    lease_s: Annotated[
+        float,
+        Meta(
+            ge=0.2,
+            le=1e6,
+            description="Seconds without a sign of life, which comes five times as often, after which a front end of a "
+            "detached model (`shoal up`) loses what it asked for; one that comes back goes on.",
+        ),
+    ] = 0.75
     routing: Annotated[
         Literal["prefix", "least_loaded", "round_robin"],
         Meta(

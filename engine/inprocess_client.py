@@ -37,7 +37,9 @@ def _put_all(deltas: list[tuple[_Stream, OutputDelta]]) -> None:
 
 
 class InprocessClient(EngineClient):
-    """Owns the core and its executor from construction to `close`; may be used from several event loops."""
+    """Owns the core and its executor from construction to `close`; may be used from several event loops. on_accepted:
+    told the id of every request that was accepted.
+    """
 
     def __init__(self, core: EngineCore, thread: WorkThread | None = None) -> None:
         """core: fresh, its executor ready. thread: to run in, the client's from now on; default: a new one."""
@@ -49,6 +51,7 @@ class InprocessClient(EngineClient):
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
         self._failed: Future[EngineError] = Future()
+        self.on_accepted: Callable[[str], None] | None = None
         self._thread = thread or WorkThread()
         self._thread.finish(self._run)
 
@@ -68,6 +71,8 @@ class InprocessClient(EngineClient):
         try:
             self._submitting.add(stream)
             await self._ask(lambda: self._accept(request, stream))
+            if self.on_accepted is not None:
+                self.on_accepted(request.request_id)
             while not finished:
                 delta = await stream.queue.get()
                 finished = delta.finish_reason is not None
@@ -97,7 +102,8 @@ class InprocessClient(EngineClient):
         if not self._post(lambda: self._drained.append(drained)):
             return []
         try:
-            await asyncio.wait_for(asyncio.wrap_future(drained), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wrap_future(drained)
         except TimeoutError:
             return await self._ask(lambda: list(self._streams))
         return []

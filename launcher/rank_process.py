@@ -38,7 +38,7 @@ from shoal.engine.rank_messages import (
 )
 from shoal.kernels.build import NativeLibrary, load_native
 from shoal.launcher.bootstrap import RANK_BOOTSTRAP, RankBootstrap, versions
-from shoal.launcher.processes import STACK_SIGNAL
+from shoal.launcher.stack_dump import listen_for_stack_signal
 from shoal.launcher.zygote import resolve
 from shoal.parallel.activity import Activity, watch_mesh
 from shoal.parallel.communicator import CollectiveError
@@ -64,7 +64,7 @@ def run_rank(bootstrap: RankBootstrap) -> int:
     """Be a rank until the engine says stop (0), is gone, or something fails (1)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides when ranks end
     faulthandler.enable()
-    faulthandler.register(STACK_SIGNAL, all_threads=True)
+    listen_for_stack_signal()
     start_timeout_s = bootstrap.model.config.launcher.start_timeout_s
     channel = connect(bootstrap.address, bootstrap.key, TO_RANK, "the engine", min(30.0, start_timeout_s))
     if channel.own_host is not None:

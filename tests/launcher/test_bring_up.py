@@ -13,6 +13,8 @@ from shoal.configs.schema import LauncherConfig, ParallelConfig, RuntimeConfig, 
 from shoal.engine.messages import Request
 from shoal.kernels import build
 from shoal.launcher.bring_up import start_engine
+from shoal.launcher.cli import main
+from shoal.launcher.idle_settings import check_idle
 from shoal.launcher.kinds import choose_launcher, is_follower
 from shoal.launcher.local_start import cores_of_ranks
 from tests.launcher.harness import collect
@@ -119,4 +121,30 @@ def test_settings_of_the_controller_are_said_to_be_idle_in_process(caplog: pytes
         await (await start_engine(resolved, DEMO)).client.close()
 
     asyncio.run(start_and_close())
-    assert "launcher.routing, launcher.max_restarts: no effect on one rank" in caplog.text
+    assert "launcher.routing, launcher.max_restarts: no effect here: one rank" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "why"),
+    [
+        (["generate", "-p", "x"], "controller_grace_s", "detached models, which `shoal up` starts"),
+        (["generate", "-p", "x"], "lease_s", "detached models, which `shoal up` starts"),
+        (["bench", "latency"], "drain_timeout_s", "waits for what runs when it is told to end"),
+    ],
+)
+def test_settings_a_command_cannot_use_are_refused_and_warned_of_in_files(
+    command: list[str],
+    setting: str,
+    why: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main([*command, "--model", "demo", f"--{setting.replace('_', '-')}", "5"]) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"launcher.{setting} = 5" in shown and "would not be used" in shown and why in shown
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"launcher:\n  {setting}: 5\n")
+    resolved = load_config(file)
+    check_idle(resolved, [f"launcher.{setting}"], why)
+    assert f"launcher.{setting}: no effect here: {why}" in caplog.text
