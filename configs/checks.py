@@ -41,12 +41,6 @@ def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             value=model.checksums,
             message="cannot be checked with model.load_format = dummy, which reads no file; leave one of them out",
         )
-    if model.quantization != "none" and config.runtime.device == "cuda":
-        yield Problem(
-            key="model.quantization",
-            value=model.quantization,
-            message="quantised weights are computed with on CPUs only, and runtime.device is cuda; use none, or cpu",
-        )
     if model.tokenizer is not None and model.skip_tokenizer_init:
         yield Problem(
             key="model.tokenizer",
@@ -262,8 +256,6 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
             "model.tokenizer",
             "model.revision",
             "model.path",
-            "model.quantization",
-            "runtime.device",
         ),
     ),
     (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),

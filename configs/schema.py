@@ -56,8 +56,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     quantization: Annotated[
         Literal["none", "int8", "int4"],
         Meta(
-            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded; CPU only. "
-            "Activations are rounded to 8 bits in the products. See docs/quantisation.md."
+            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded. On CPUs "
+            "activations are rounded to 8 bits in the products. See docs/quantisation.md."
         ),
     ] = "none"
     max_model_len: Annotated[

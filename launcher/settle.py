@@ -44,7 +44,6 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     """Resolve the settings for a model on this host. Raises ValueError naming setting, value, limit and fix."""
     device = choose_device(config, host)
     collectives = choose_collectives(config, host, device)
-    check_quantization(config, device)
     threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -87,15 +86,6 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
             f"parallel.ranks_per_device = {-(-host.ranks // host.gpus)}, or rehearse it with runtime.device = cpu"
         )
     return "cuda"
-
-
-def check_quantization(config: ShoalConfig, device: Device) -> None:
-    """Raise ValueError where quantised weights cannot be computed with."""
-    if config.model.quantization != "none" and device == "cuda":
-        raise ValueError(
-            f"model.quantization = {config.model.quantization} works on CPUs only, and torch sees GPUs here; "
-            "use none, or set runtime.device = cpu"
-        )
 
 
 def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:

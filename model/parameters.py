@@ -55,12 +55,12 @@ class LocalParameter(msgspec.Struct, frozen=True):
         """Inputs of the first group of a quantised weight that lie before this slice."""
         return self.parts[0].source[-1][0] % GROUP
 
-    def num_bytes(self, itemsize: int) -> int:
-        """Bytes it takes when floats take itemsize."""
+    def num_bytes(self, itemsize: int, device: str = "cpu") -> int:
+        """Bytes it takes when floats take itemsize. device: "cpu" or "cuda", which orders codes its own way."""
         if self.bits is None:
             return self.numel * itemsize
         *count, columns, inner = self.shape
-        return prod(count) * quantized_bytes(columns, inner, self.lead, self.bits)
+        return prod(count) * quantized_bytes(columns, inner, self.lead, self.bits, blocked=device == "cpu")
 
 
 def whole(name: str, *shape: int) -> LocalParameter:

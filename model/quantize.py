@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from shoal.kernels.device import has_gpu_kernels
+from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.quantized_format import BLOCK, GROUP
 from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.weight import RoundedWeight
 from shoal.model.parameters import LocalParameter
 from shoal.parallel.sharding import Range
 
@@ -24,7 +27,7 @@ class Slab(NamedTuple):
 
     logical: str
     source: tuple[Range, Range]
-    weight: QuantizedWeight
+    weight: RoundedWeight
     column: int
 
     @property
@@ -34,17 +37,16 @@ class Slab(NamedTuple):
         return stop - first, end - start
 
 
-def new_parameter(
-    parameter: LocalParameter, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | QuantizedWeight:
-    """Memory for one local tensor, to be filled. Quantised ones are on the CPU, for activations of `dtype`."""
+def new_parameter(parameter: LocalParameter, dtype: torch.dtype, device: torch.device) -> torch.Tensor | RoundedWeight:
+    """Memory for one local tensor, to be filled. Quantised ones are for activations of `dtype`."""
     if parameter.bits is None:
         return torch.empty(parameter.shape, dtype=dtype, device=device)
-    assert device.type == "cpu", device
+    if has_gpu_kernels(device):
+        return PlainWeight.zeros(parameter.shape, parameter.bits, parameter.lead, dtype=dtype, device=device)
     return QuantizedWeight(parameter.shape, parameter.bits, parameter.lead, dtype=dtype)
 
 
-def slabs(parameter: LocalParameter, weight: QuantizedWeight, widths: Mapping[str, int]) -> Iterator[Slab]:
+def slabs(parameter: LocalParameter, weight: RoundedWeight, widths: Mapping[str, int]) -> Iterator[Slab]:
     """Everything to be read for one quantised tensor. widths: inputs of every logical parameter."""
     weights = weight.unstacked() if len(weight.shape) == 3 else [weight]
     for part in parameter.parts:

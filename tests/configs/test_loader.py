@@ -162,7 +162,7 @@ BAD = [
     ({"model.checksums": "sums", "model.load_format": "dummy"}, "reads no file"),
     ({"model.tokenizer": "t", "model.skip_tokenizer_init": True}, "would not be used"),
     ({"model.path": "demo", "model.revision": "main"}, "only hub repositories"),
-    ({"model.quantization": "int8", "runtime.device": "cuda"}, "on CPUs only"),
+    ({"model.quantization": "int8", "runtime.device": "cuda"}, None),
     ({"model.quantization": "int8", "runtime.device": "cpu"}, None),
     ({"model.quantization": "int2"}, "int2"),
     ({"runtime.collectives": "shm", "runtime.device": "cuda"}, "runtime.device is cuda"),

@@ -3,13 +3,17 @@
 It shows that the decoder hands the kernels what they take. On a GPU scripts/gpu_check.py does the same for real.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shoal.kernels import device
 from shoal.kernels.build import load_native
+from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.model.shard import Quantization
 from tests.model.test_families_parity import TOLERANCE, load_stage, oracle_logits, stage_logits
 from tests.model.tiny_models import CONFIGS, VOCAB, make_model
 
@@ -24,20 +28,49 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter only")
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU tensors go through the Triton kernels, and no weights are in an order of C's own."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("runs in Triton's interpreter only")
+    load_native("off")
+    monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+    yield
+    load_native("auto")
+
+
+def rounded_checkpoint(folder: Path, target: Path, quantization: Quantization) -> Path:
+    """A float32 checkpoint of what the quantised weights of this one stand for."""
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        bits = 8 if name == "lm_head.weight" or quantization == "int8" else 4
+        if name.endswith(("_proj.weight", "lm_head.weight")):
+            weight = QuantizedWeight(tuple(values.shape), bits)
+            weight.put(0, values)
+            tensors[name] = weight.dequantize().contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return target
+
+
+@pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_through_the_triton_kernels_equal_transformers(
-    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_through_the_triton_kernels_equal_transformers(root: Path, name: str) -> None:
     folder = make_model(name, root)
     ids = torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = oracle_logits(folder, ids)
-    load_native("off")  # no weights in an order of C's own
-    monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
-    try:
-        logits = stage_logits(
-            load_stage(folder, 64 if name == "phi3_longrope" else None, deterministic=name == "llama"), ids, [7, 1, 4]
-        )
-    finally:
-        load_native("auto")
-    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    stage = load_stage(folder, 64 if name == "phi3_longrope" else None, deterministic=name == "llama")
+    torch.testing.assert_close(stage_logits(stage, ids, [7, 1, 4]), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize(("name", "quantization"), [("llama", "int4"), ("qwen3_moe", "int8"), ("qwen3_moe", "int4")])
+def test_quantised_weights_give_the_tokens_of_the_floats_they_stand_for(
+    root: Path, tmp_path: Path, name: str, quantization: Quantization
+) -> None:
+    folder = make_model(name, root)
+    ids = torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(2)).tolist()
+    expected = oracle_logits(rounded_checkpoint(folder, tmp_path / "rounded", quantization), ids)
+    stage = load_stage(folder, deterministic=name == "llama", quantization=quantization)
+    torch.testing.assert_close(stage_logits(stage, ids, [7, 1, 4]), expected, rtol=0, atol=TOLERANCE)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from shoal.configs.schema import ParallelConfig
+from shoal.kernels import device
 from shoal.kernels.build import native_library
+from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.quantized_format import quantized_bytes
 from shoal.kernels.quantized_weight import QuantizedWeight
 from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters
@@ -116,6 +118,27 @@ def test_the_ledger_counts_the_bytes_that_are_allocated(name: str, quantization:
                 total = sum(map(num_bytes, params.values()))
                 prepared = prepare_weights(params, native_library(), head_is_shared=head_is_shared(spec, shard))
                 assert total == sum(map(num_bytes, prepared.values()))
+
+
+@pytest.mark.parametrize("quantization", BOTH)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "qwen2_moe"])
+def test_gpus_hold_the_same_codes_in_plain_order(
+    name: str, quantization: Quantization, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(name, root)
+    spec, family = load_spec(folder)
+    for shard in shard_model(spec, ParallelConfig(tensor=3), quantization):
+        blocked = quantized(folder, shard)
+        with monkeypatch.context() as patch, Checkpoint(folder) as checkpoint:
+            patch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+            plain = load_parameters(checkpoint, family, spec, shard, torch.float32, CPU)
+        plain = prepare_weights(plain, None, head_is_shared=head_is_shared(spec, shard))
+        for key, value in blocked.items():
+            if isinstance(value, QuantizedWeight):
+                assert isinstance(plain[key], PlainWeight) and plain[key].shape == value.shape
+                codes, scales = value.plain()
+                assert torch.equal(plain[key].codes, codes) and torch.equal(plain[key].scales, scales)
+        assert weights_bytes(spec, shard, 4, "cuda") == sum(map(num_bytes, plain.values()))
 
 
 def test_half_the_bytes_and_a_quarter() -> None:
