@@ -130,6 +130,14 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per block.")] = 16
+    dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(
+            description="Type of cached keys and values: auto is the model's; fp8 (e4m3, one byte) takes the "
+            "checkpoint's k_scale and v_scale, else 1. On CPUs torch computes with fp8, slower than the C kernels.",
+            extra=_names("--kv-cache-dtype", keyword="kv_cache_dtype"),
+        ),
+    ] = "auto"
     num_blocks: Annotated[
         Positive | None,
         Meta(description="Blocks of the cache (of each group); default: as many as memory allows."),

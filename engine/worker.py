@@ -25,7 +25,8 @@ from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
 from shoal.model.families import load_spec
 from shoal.model.kv_cache import KVCache
-from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
+from shoal.model.kv_scales import read_kv_scales
 from shoal.model.ledger import MemoryReport
 from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, sampling_bytes
 from shoal.model.parameters import head_is_shared
@@ -67,6 +68,7 @@ class Worker:
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
         and tensor."""
+        self.kv_scales: dict[int, tuple[float, float]] = {}
         if self.config.model.load_format == "dummy":
             weights = dummy_parameters(self.spec, self.shard, self.dtype, self.device, self.config.runtime.seed or 0)
         else:
@@ -76,6 +78,8 @@ class Worker:
                 weights = load_parameters(
                     checkpoint, family, self.spec, self.shard, self.dtype, self.device, on_progress
                 )
+                if self.config.cache.dtype == "fp8":
+                    self.kv_scales = read_kv_scales(checkpoint.tensors)
         library = native_library() if self.device.type == "cpu" else None
         weights = prepare_weights(weights, library, head_is_shared=head_is_shared(self.spec, self.shard))
         self.weights_bytes = sum(map(num_bytes, weights.values()))
@@ -111,12 +115,19 @@ class Worker:
             weights_bytes=self.weights_bytes,
             activation_bytes=max(int(meter.peak_bytes * scale), sampling),
             available_bytes=available_bytes(self.device) + self.weights_bytes,
-            block_bytes=kv_bytes_per_block(self.spec, self.shard, self.config.cache.block_size, self.dtype.itemsize),
+            block_bytes=kv_bytes_per_block(
+                self.spec,
+                self.shard,
+                self.config.cache.block_size,
+                kv_itemsize(self.config.cache.dtype, self.dtype.itemsize),
+            ),
         )
 
     def allocate_cache(self, num_blocks: list[int]) -> None:
         """Make the paged cache: num_blocks of every cache group."""
-        self.cache = KVCache(self.spec, self.shard, num_blocks, self.config.cache.block_size, self.dtype, self.device)
+        dtype = torch.float8_e4m3fn if self.config.cache.dtype == "fp8" else self.dtype
+        block_size = self.config.cache.block_size
+        self.cache = KVCache(self.spec, self.shard, num_blocks, block_size, dtype, self.device, self.kv_scales)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:

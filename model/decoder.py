@@ -58,7 +58,7 @@ class DecoderLayer:
         more = (self.post_mixer, self.post_ffn, self.mixer.out_bias, self.ffn.out_bias)
         if self.fused_mixer is None or self.fused_ffn is None or any(part is not None for part in more):
             return None
-        if self.residual != "sequential" or self.group.size > 1:
+        if self.residual != "sequential" or self.group.size > 1 or cache.scales is not None:
             return None
         return FusedLayer(self.fused_mixer, self.fused_ffn, cache.keys, cache.values, cache.group, rotation)
 
@@ -79,7 +79,7 @@ class DecoderLayer:
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + branch, this rank's part of the attention of its norm)."""
-        if self.fused_mixer is not None:
+        if self.fused_mixer is not None and cache.scales is None:  # C does not read FP8
             x_TH, _ = summed(x_TH, branch_TH, None)
             step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
             return x_TH, self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)

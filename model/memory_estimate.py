@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shoal.configs.schema import ShoalConfig
-from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.ledger import MemoryReport
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
@@ -89,7 +89,9 @@ def estimate_reports(
                 weights_bytes=weights[rank],
                 activation_bytes=activation_bytes(spec, shard, config, itemsize),
                 available_bytes=available_bytes - neighbours,
-                block_bytes=kv_bytes_per_block(spec, shard, config.cache.block_size, itemsize),
+                block_bytes=kv_bytes_per_block(
+                    spec, shard, config.cache.block_size, kv_itemsize(config.cache.dtype, itemsize)
+                ),
             )
         )
     return reports

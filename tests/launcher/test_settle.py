@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shoal.configs.schema import ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
+from shoal.configs.schema import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
 from shoal.launcher.local_start import device_of
 from shoal.launcher.ray_cluster import Node
 from shoal.launcher.ray_fleet import _choose_device
@@ -40,6 +40,8 @@ def test_nothing_automatic_is_left_and_the_choice_is_told() -> None:
 def test_quantised_weights_are_told() -> None:
     quantised = ShoalConfig(model=ModelConfig(quantization="int4"))
     assert "float32 with int4 weights, context" in settle(quantised, SPEC, CPU).notes[0]
+    small_cache = ShoalConfig(cache=CacheConfig(dtype="fp8"))
+    assert "float32, fp8 KV cache, context" in settle(small_cache, SPEC, CPU).notes[0]
     on_gpu = settle(quantised, SPEC, Host(gpus=1, native=False, ranks=1)).notes[0]
     assert "1 rank on cuda: float32 with int4 weights" in on_gpu
 
