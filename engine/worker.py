@@ -16,9 +16,10 @@ import torch
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, SequenceState
+from shoal.engine.choosing import TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
-from shoal.engine.sampler import Sampler, logprobs_of
+from shoal.engine.sampler import logprobs_of
 from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
@@ -58,7 +59,6 @@ class Worker:
             use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.state = self.new_state()
-        self.sampler = Sampler(spec.vocab_size, device)
         self.sampled: OrderedDict[tuple[int, int], int] = OrderedDict()
 
     def new_state(self) -> BatchState:
@@ -91,6 +91,7 @@ class Worker:
             deterministic=self.config.runtime.deterministic,
             max_model_len=self.config.model.max_model_len,
         )
+        self.chooser = TokenChooser(self.stage, self.mesh.tensor)
 
     def on_layer(self, tick: Callable[[], None]) -> None:
         """Have `tick` called after every layer of a step. The weights must have been loaded."""
@@ -181,14 +182,11 @@ class Worker:
         errors: dict[int, str] = {}
         if sampling:
             last = torch.tensor([stops[index] - 1 for index in sampling], device=self.device)
-            logits_RV = self.stage.logits(hidden_TH[last])
-            if self.samples:
-                chosen, scores = self.sampler(logits_RV, [sequences[index] for index in sampling])
-                picked = logits_RV[torch.arange(len(chosen)), torch.tensor(chosen)]
-                for index, token, score, fine in zip(sampling, chosen, scores, picked.isfinite().tolist(), strict=True):
-                    tokens[index], logprobs[index] = token, score
-                    if not fine:
-                        errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
+            choices = self.chooser(hidden_TH[last], [sequences[index] for index in sampling])
+            for index, choice in zip(sampling, choices if self.samples else [], strict=self.samples):
+                tokens[index], logprobs[index] = choice.token, choice.logprobs
+                if not choice.finite:
+                    errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
         if not self.samples:
             return None
         self.remember(plan.step, tokens)
@@ -235,7 +233,7 @@ class Worker:
     def close(self) -> None:
         """Give back the mesh and the memory."""
         self.mesh.close()
-        self.cache = self.stage = None  # type: ignore[assignment]
+        self.cache = self.stage = self.chooser = None  # type: ignore[assignment]
 
 
 def use_gpu(device: torch.device) -> None:
