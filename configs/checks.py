@@ -41,6 +41,12 @@ def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             value=model.checksums,
             message="cannot be checked with model.load_format = dummy, which reads no file; leave one of them out",
         )
+    if model.quantization == "fp8" and config.runtime.device == "cpu":
+        yield Problem(
+            key="model.quantization",
+            value=model.quantization,
+            message="is for GPUs, and runtime.device is cpu; use int8 or int4, or leave it out",
+        )
     if model.tokenizer is not None and model.skip_tokenizer_init:
         yield Problem(
             key="model.tokenizer",
@@ -256,6 +262,8 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
             "model.tokenizer",
             "model.revision",
             "model.path",
+            "model.quantization",
+            "runtime.device",
         ),
     ),
     (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),

@@ -54,10 +54,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"],
+        Literal["none", "int8", "int4", "fp8"],
         Meta(
             description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded. On CPUs "
-            "activations are rounded to 8 bits in the products. See docs/quantisation.md."
+            "activations are rounded to 8 bits in the products; fp8, on GPUs only, rounds them to FP8. See "
+            "docs/quantisation.md."
         ),
     ] = "none"
     max_model_len: Annotated[

@@ -44,6 +44,7 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     """Resolve the settings for a model on this host. Raises ValueError naming setting, value, limit and fix."""
     device = choose_device(config, host)
     collectives = choose_collectives(config, host, device)
+    check_quantization(config, device)
     threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -86,6 +87,14 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
             f"parallel.ranks_per_device = {-(-host.ranks // host.gpus)}, or rehearse it with runtime.device = cpu"
         )
     return "cuda"
+
+
+def check_quantization(config: ShoalConfig, device: Device) -> None:
+    """Raise ValueError where quantised weights cannot be computed with."""
+    if config.model.quantization == "fp8" and device == "cpu":
+        raise ValueError(
+            "model.quantization = fp8 is for GPUs, and the ranks run on the CPU; use int8 or int4, or leave it out"
+        )
 
 
 def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Literal["shm", "gloo", "nccl"]:

@@ -34,7 +34,7 @@ def launch_experts(
     deterministic: bool,
 ) -> torch.Tensor:
     """x: [num_tokens, hidden]; gate_up: [num_experts, 2 columns, hidden]; down: [num_experts, hidden, columns], tensors
-    or PlainWeights; weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held;
+    or rounded stacks; weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held;
     kind: a value of activation.KINDS. Returns [num_tokens, hidden], the sum over the experts held.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]

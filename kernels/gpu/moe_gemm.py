@@ -13,13 +13,17 @@ experts times column tiles fill the chip without a split. A row's sums have one 
 is BLOCK_ROWS_FIXED when deterministic.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.fp8_linear import quantize_rows
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.gpu.activation import activate
-from shoal.kernels.gpu.fp8 import GROUP
-from shoal.kernels.gpu.linear import WEIGHTS, product
+from shoal.kernels.gpu.fp8 import GROUP, as_bytes
+from shoal.kernels.gpu.linear import WEIGHTS, finished, product
 from shoal.kernels.gpu.moe_align import Alignment
 from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.weight import Weight
@@ -34,6 +38,7 @@ def moe_gemm_kernel(
     x_ptr,
     w_ptr,
     scale_ptr,
+    x_scale_ptr,
     y_ptr,
     order_ptr,
     tile_experts_ptr,
@@ -51,6 +56,7 @@ def moe_gemm_kernel(
     scale_stride,
     scale_columns,
     WEIGHT: tl.constexpr,
+    X_SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
@@ -58,7 +64,9 @@ def moe_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile. divisor: assignments that read one row of x: top_k, or 1. WEIGHT: as in linear.py, with its scales."""
+    """One tile. divisor: assignments that read one row of x: top_k, or 1. WEIGHT: as in linear.py, with its scales;
+    X_SCALE 1: x is e4m3 with a scale per row.
+    """
     tile = tl.program_id(1)
     if tile < tl.load(num_tiles_ptr):
         expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
@@ -77,17 +85,19 @@ def moe_gemm_kernel(
             w_at, scale_at = w_ptr + expert * w_expert_stride, scale_ptr + expert * scale_expert_stride
             acc += product(
                 x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
-                w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, 0, False, BLOCK_M, BLOCK_N, BLOCK_K,
-                GROUP_SIZE,
+                w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M, BLOCK_N,
+                BLOCK_K, GROUP_SIZE,
             )  # fmt: skip
+            acc = finished(acc, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
             if GATED:
                 w_at += up_offset
                 scale_at += tl.cast(num_columns, tl.int64) * scale_stride
                 up += product(
                     x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
-                    w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, 0, False, BLOCK_M, BLOCK_N,
-                    BLOCK_K, GROUP_SIZE,
+                    w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M,
+                    BLOCK_N, BLOCK_K, GROUP_SIZE,
                 )  # fmt: skip
+                up = finished(up, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
         else:
             for start in range(0, inner, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
@@ -104,31 +114,61 @@ def moe_gemm_kernel(
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
 
 
+class Operands(NamedTuple):
+    """What the kernel reads. scales, x_scales: the codes and x themselves where there are none; lead, group: as
+    PlainWeight has them; block_k: inner steps of a tile.
+    """
+
+    x: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    x_scales: torch.Tensor
+    kind: str
+    lead: int
+    group: int
+    block_k: int
+
+
+def operands(x: torch.Tensor, weight: Weight) -> Operands:
+    """x and a stack of experts' weights as the kernel takes them; x is rounded where they are FP8."""
+    most = 32 if x.dtype == torch.float32 else BLOCK_K
+    if isinstance(weight, Fp8ChannelWeight):
+        codes, x_scales = quantize_rows(x, grouped=False)
+        inner = max(weight.shape[-1], 1)
+        return Operands(
+            as_bytes(codes), as_bytes(weight.codes), weight.scales, x_scales, weight.kind, 0, inner, BLOCK_K
+        )
+    if isinstance(weight, PlainWeight):
+        block_k = min(most, weight.group)
+        return Operands(x, weight.codes, weight.scales, x, weight.kind, weight.lead, weight.group, block_k)
+    assert isinstance(weight, torch.Tensor), type(weight)
+    return Operands(x, weight, weight, x, "dense", 0, most, most)
+
+
 def launch_moe_gemm(
     x: torch.Tensor, weight: Weight, alignment: Alignment, top_k: int, kind: int | None = None
 ) -> torch.Tensor:
     """Returns [num_assignments, columns]; rows of experts not aligned are left undefined.
 
     x: [num_tokens, inner] with top_k choices each, or [num_assignments, inner] with top_k 1. weight: a tensor, or a
-    stack of PlainWeights. kind: a value of activation.KINDS for the gated product, None for the plain one.
+    stack of PlainWeights or Fp8ChannelWeights. kind: a value of activation.KINDS for the gated product, None for the
+    plain one.
     """
     gated = kind is not None
     rows, inner = weight.shape[-2:]
     columns = rows // 2 if gated else rows
-    stored, scales, weight_kind, lead, group = weight, weight, "dense", 0, BLOCK_K
-    if isinstance(weight, PlainWeight):
-        stored, scales, weight_kind = weight.codes, weight.scales, weight.kind
-        lead, group = weight.lead, weight.group
-    assert isinstance(stored, torch.Tensor) and isinstance(scales, torch.Tensor), type(weight)
-    assert x.stride(1) == 1 and stored.stride(2) == 1 and x.shape == (alignment.none // top_k, inner)
+    assert x.stride(1) == 1 and x.shape == (alignment.none // top_k, inner)
     y = torch.empty((alignment.none, columns), dtype=x.dtype, device=x.device)
     max_tiles = alignment.tile_experts.shape[0]
     if max_tiles == 0 or columns == 0:
         return y
+    given = operands(x, weight)
+    assert given.codes.stride(2) == 1
     moe_gemm_kernel[(triton.cdiv(columns, BLOCK_N), max_tiles)](
-        x,
-        stored,
-        scales,
+        given.x,
+        given.codes,
+        given.scales,
+        given.x_scales,
         y,
         alignment.order,
         alignment.tile_experts,
@@ -136,23 +176,24 @@ def launch_moe_gemm(
         alignment.none,
         columns,
         inner,
-        lead,
+        given.lead,
         top_k,
-        x.stride(0),
-        stored.stride(0),
-        stored.stride(1),
+        given.x.stride(0),
+        given.codes.stride(0),
+        given.codes.stride(1),
         y.stride(0),
-        scales.stride(0),
-        scales.stride(1),
-        group,
-        WEIGHT=WEIGHTS[weight_kind],
+        given.scales.stride(0),
+        given.scales.stride(1),
+        given.group,
+        WEIGHT=WEIGHTS[given.kind],
+        X_SCALE=int(given.x_scales is not given.x),
         GROUP_SIZE=GROUP,
         KIND=kind or 0,
         GATED=gated,
         BLOCK_M=alignment.block_rows,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=32 if x.dtype == torch.float32 else min(BLOCK_K, group),
-        num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
+        BLOCK_K=given.block_k,
+        num_warps=8 if given.x.dtype == torch.float32 else 4,  # float32 operands lie in registers
         num_stages=STAGES,
     )
     return y

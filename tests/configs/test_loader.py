@@ -164,6 +164,7 @@ BAD = [
     ({"model.path": "demo", "model.revision": "main"}, "only hub repositories"),
     ({"model.quantization": "int8", "runtime.device": "cuda"}, None),
     ({"model.quantization": "int8", "runtime.device": "cpu"}, None),
+    ({"model.quantization": "fp8", "runtime.device": "cpu"}, "is for GPUs, and runtime.device is cpu"),
     ({"model.quantization": "int2"}, "int2"),
     ({"runtime.collectives": "shm", "runtime.device": "cuda"}, "runtime.device is cuda"),
     ({"runtime.collectives": "nccl", "runtime.device": "cpu"}, "runtime.device is cpu"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shoal.kernels.activation import KINDS, gated_activation_reference
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.moe_routing import moe_routing_reference
 from shoal.kernels.plain_weight import PlainWeight
 from tests.kernels.gpu_support import DEVICE, DTYPES, close, poisoned_empty, random  # noqa: F401
@@ -94,6 +95,25 @@ def test_experts_of_few_bits_match_the_loop_over_their_values(dtype: torch.dtype
     for deterministic in (False, True):
         got = launch_experts(x, stacks[0], stacks[1], weights, ids, 0, KINDS["silu"], deterministic=deterministic)
         close(got, reference(x, values[0], values[1], weights, ids, 0), times=6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 3])
+def test_experts_in_fp8_match_the_loop_over_rounded_values(dtype: torch.dtype, first: int) -> None:
+    stacks: list[Fp8ChannelWeight] = []
+    for weight in expert_weights(dtype):
+        stack = Fp8ChannelWeight(weight[first:].shape, 0, dtype=dtype, device=DEVICE)
+        for one, values in zip(stack.unstacked(), weight[first:], strict=True):
+            one.put(0, values)
+        stacks.append(stack)
+    x, (weights, ids) = random(TOKENS, HIDDEN, dtype=dtype), routing()
+    want = torch.zeros(x.shape, device=DEVICE)
+    for expert, (up, down) in enumerate(zip(*(stack.unstacked() for stack in stacks), strict=True), first):
+        tokens, choices = (ids == expert).nonzero(as_tuple=True)
+        hidden = gated_activation_reference(up.multiply(x[tokens], None, deterministic=True).float(), "silu")
+        want[tokens] += weights[tokens, choices, None] * down.multiply(hidden.to(dtype), None, deterministic=True)
+    got = launch_experts(x, stacks[0], stacks[1], weights, ids, first, KINDS["silu"], deterministic=True)
+    assert (got.float() - want).norm() / want.norm() < 0.01  # an input between two codes may go either way
 
 
 def test_a_tokens_bits_depend_on_nothing_but_the_token() -> None:

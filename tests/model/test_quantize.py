@@ -9,9 +9,11 @@ import torch
 from shoal.configs.schema import ParallelConfig
 from shoal.kernels import device
 from shoal.kernels.build import native_library
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.quantized_format import quantized_bytes
 from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.weight import RoundedWeight
 from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
@@ -46,7 +48,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def floats(value: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+def floats(value: torch.Tensor | RoundedWeight) -> torch.Tensor:
+    if isinstance(value, Fp8ChannelWeight):
+        return value.codes.float() * value.scales
     return value.dequantize() if isinstance(value, QuantizedWeight) else value
 
 
@@ -139,6 +143,28 @@ def test_gpus_hold_the_same_codes_in_plain_order(
                 codes, scales = value.plain()
                 assert torch.equal(plain[key].codes, codes) and torch.equal(plain[key].scales, scales)
         assert weights_bytes(spec, shard, 4, "cuda") == sum(map(num_bytes, plain.values()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe"])
+def test_fp8_rounds_the_layers_linears_alike_on_every_layout(name: str, root: Path) -> None:
+    folder = make_model(name, root)
+    spec, _ = load_spec(folder)
+    [plain] = shard_model(spec, ParallelConfig())
+    exact = quantized(folder, plain)
+    one = gather(folder, ParallelConfig(), "fp8")
+    many = gather(folder, ParallelConfig(tensor=3), "fp8")
+    assert not [key for key, value in one.items() if not torch.equal(many[key], value)]
+    for shard in shard_model(spec, ParallelConfig(tensor=3), "fp8"):
+        tensors = quantized(folder, shard)
+        assert weights_bytes(spec, shard, 4, "cuda") == sum(value.nbytes for value in tensors.values())
+    [whole] = shard_model(spec, ParallelConfig(), "fp8")
+    for key, value in quantized(folder, whole).items():
+        if isinstance(value, Fp8ChannelWeight):
+            assert (floats(value) - exact[key]).norm() / exact[key].norm() < 0.04
+        else:
+            module = key.rpartition(".")[0]
+            assert torch.equal(value, exact[key])
+            assert value.dim() == 1 or module.endswith(("embed", "head", "positions", "router", "shared_gate"))
 
 
 def test_half_the_bytes_and_a_quarter() -> None:
