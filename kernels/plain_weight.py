@@ -15,6 +15,8 @@ from shoal.kernels.quantize import pack_pairs, quantize_groups
 from shoal.kernels.quantized_format import GROUP, padded_groups
 from shoal.kernels.weight import RoundedWeight
 
+SLAB_ELEMENTS = 1 << 22  # weights made floats at once
+
 
 class PlainWeight(RoundedWeight):
     """codes, scales: as above, contiguous, on one device. inner: inputs held; group: inputs of a scale, a multiple of
@@ -86,9 +88,12 @@ class PlainWeight(RoundedWeight):
         """See PreparedWeight."""
         self.check(x_MK, bias)
         if not on_gpu(x_MK):
-            return F.linear(x_MK, self.rows(torch.arange(self.shape[0], device=self.device)), bias)
+            return self.multiply_floats(x_MK, bias)
         from shoal.kernels.gpu.linear import launch_linear
+        from shoal.kernels.gpu.tables import DEQUANTISED_ROWS
 
+        if not deterministic and len(x_MK) >= DEQUANTISED_ROWS:
+            return self.multiply_floats(x_MK, bias)
         return launch_linear(
             x_MK if x_MK.stride(1) == 1 else x_MK.contiguous(),
             self.codes,
@@ -100,10 +105,23 @@ class PlainWeight(RoundedWeight):
             lead=self.lead,
         )
 
+    def multiply_floats(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product by torch, of weights made floats a slab of columns at a time."""
+        y_MN = torch.empty((len(x_MK), self.shape[0]), dtype=self.dtype, device=self.device)
+        step = max(1, SLAB_ELEMENTS // max(1, self.shape[1]))
+        for first in range(0, self.shape[0], step):
+            held = slice(first, first + step)
+            weight = self.floats(self.codes[held], self.scales[held])
+            y_MN[:, held] = F.linear(x_MK, weight, None if bias is None else bias[held])
+        return y_MN
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See PreparedWeight."""
-        codes = self.codes[ids]
+        return self.floats(self.codes[ids], self.scales[ids])
+
+    def floats(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """What some columns' codes and scales stand for: [..., inner]."""
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-        wide = codes * self.scales[ids].float().repeat_interleave(self.group, -1)
-        return wide[..., self.lead : self.lead + self.shape[1]].to(self.dtype)
+        wide = codes.unflatten(-1, (-1, self.group)) * scales.float().unsqueeze(-1)
+        return wide.flatten(-2)[..., self.lead : self.lead + self.shape[1]].to(self.dtype)
