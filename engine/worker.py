@@ -19,7 +19,6 @@ from shoal.engine.batch_state import BatchState, SequenceState
 from shoal.engine.choosing import TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
-from shoal.engine.sampler import logprobs_of
 from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
@@ -215,12 +214,8 @@ class Worker:
         found: list[TokenLogprobs] = []
         for start in range(first, last, PROMPT_LOGPROB_ROWS):
             end = min(start + PROMPT_LOGPROB_ROWS, last)
-            logits_RV = self.stage.logits(hidden_TH[offset + start : offset + end])
-            if self.samples:
-                targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=self.device)
-                found += [
-                    entry for entry in logprobs_of(logits_RV, targets, [count] * (end - start)) if entry is not None
-                ]
+            hidden_RH, targets = hidden_TH[offset + start : offset + end], sequence.token_ids[start + 1 : end + 1]
+            found += [entry for entry in self.chooser.scores(hidden_RH, targets, count) if entry is not None]
         return found if self.samples else None
 
     def remember(self, step: int, tokens: dict[int, int]) -> None:

@@ -6,9 +6,12 @@ import torch
 
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
-from shoal.engine.choosing import TokenChooser, needs_whole_logits
+from shoal.engine.choosing import TokenChooser, filters
+from shoal.engine.messages import TokenLogprobs
 from shoal.engine.sampler import Sampler
+from shoal.engine.shard_logprobs import shard_scores
 from shoal.kernels import device
+from shoal.parallel.mesh import make_mesh
 from tests.ranks import Ranks, run_ranks
 
 CPU, VOCAB, RANGES = torch.device("cpu"), 103, [(0, 40), (40, 72), (72, 103)]
@@ -60,6 +63,9 @@ class HeadOnly:
         self.logits_RV, self.group, self.device, self.spec, self.gathered = logits_RV, group, CPU, self, 0
         self.shard, self.vocab_size, self.ranges = self, logits_RV.shape[1], ranges
 
+    def vocab_ranges(self, _: int) -> list[tuple[int, int]]:
+        return self.ranges
+
     def vocab(self, _: int) -> tuple[int, int]:
         return self.ranges[self.group.rank]
 
@@ -91,29 +97,67 @@ def test_the_best_of_the_shards_is_the_best_of_the_whole() -> None:
     assert torch.equal(values_RS.gather(1, best_R1).squeeze(1), values_R)
 
 
-def on_ranks(ranks: Ranks, settings: list[dict], broken: bool) -> tuple[list, int]:
-    """What a rank's chooser says of drawn logits, and the rows it gathered."""
-    from shoal.parallel.mesh import make_mesh
-
+def on_ranks(ranks: Ranks, settings: list[dict], broken: bool, scored: int | None = None) -> tuple[list, int]:
+    """What a rank's chooser says of drawn logits, and the rows it gathered. scored: best tokens told of a prompt."""
     logits_RV = drawn_logits()[: len(settings)]
     if broken:
         logits_RV[0, 50], logits_RV[1] = float("nan"), float("-inf")
     mesh = make_mesh("gloo", ranks.rank, ranks.world_size, 1, ranks.rendezvous, 30.0, True)
     try:
         stage = HeadOnly(logits_RV, mesh.tensor, RANGES if ranks.world_size == 3 else [(0, VOCAB)])
-        chosen = TokenChooser(stage, mesh.tensor)(torch.arange(len(settings)), sequences(settings))  # type: ignore[arg-type]
-        return [(one.token, one.finite, one.logprobs is None) for one in chosen], stage.gathered
+        chooser, rows_R = TokenChooser(stage, mesh.tensor), torch.arange(len(settings))  # type: ignore[arg-type]
+        if scored is not None:
+            found = chooser.scores(rows_R, [(37 * row) % VOCAB for row in range(len(settings))], scored)
+            return [(entry.token_ids, entry.logprobs, entry.ranks) for entry in found if entry], stage.gathered
+        chosen = chooser(rows_R, sequences(settings))
+        return [(one.token, one.finite, plain(one.logprobs)) for one in chosen], stage.gathered
     finally:
         mesh.close()
 
 
-def test_ranks_choose_what_one_rank_chooses_and_gather_only_rows_that_need_it() -> None:
-    mixed = [*SETTINGS[:3], {"temperature": 1.0, "top_k": 5}, {"temperature": 0.0, "logprobs": 2}, SETTINGS[5]]
-    for settings, gathered in ((SETTINGS, 0), (mixed, 2)):
+def plain(entry: TokenLogprobs | None) -> tuple | None:
+    return None if entry is None else (entry.token_ids, entry.logprobs, entry.ranks)
+
+
+def check_scores(ours: tuple | None, theirs: tuple | None) -> None:
+    """The same tokens and ranks, log-probabilities but for the order of sums."""
+    if ours is None or theirs is None:
+        assert ours is theirs
+        return
+    assert (ours[0], ours[2]) == (theirs[0], theirs[2])
+    torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(theirs[1]), rtol=1e-6, atol=2e-6)
+
+
+def test_ranks_choose_what_one_rank_chooses_and_gather_only_rows_that_filter() -> None:
+    told = [{**fields, "logprobs": count} for fields, count in zip(SETTINGS, [0, 5, 2, 20, 0, 1, 31, 3], strict=True)]
+    mixed = [*told[:3], {"temperature": 1.0, "top_k": 5}, {"temperature": 0.0, "logprobs": 40}, SETTINGS[5]]
+    for settings, gathered in ((SETTINGS, 0), (told, 0), (mixed, 2)):
         [(one, _)] = run_ranks(1, on_ranks, settings, False)
         many = run_ranks(3, on_ranks, settings, False)
-        assert many[0][0] == one and all(fine for _, fine, _ in one)
         assert [count for _, count in many] == [gathered] * 3 and many[1][0] == []
+        for (token, fine, scores), (other, other_fine, other_scores) in zip(one, many[0][0], strict=True):
+            assert token == other and fine and other_fine
+            check_scores(scores, other_scores)
+
+
+@pytest.mark.parametrize(("count", "gathered"), [(0, 0), (7, 0), (35, len(SETTINGS))])
+def test_prompts_are_scored_as_on_one_rank(count: int, gathered: int) -> None:
+    [(one, _)] = run_ranks(1, on_ranks, SETTINGS, False, count)
+    many = run_ranks(3, on_ranks, SETTINGS, False, count)
+    assert many[0][1] == gathered and len(one) == len(many[0][0]) == len(SETTINGS)
+    for ours, theirs in zip(one, many[0][0], strict=True):
+        check_scores(ours, theirs)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_shard_tells_its_sums_ranks_and_best_tokens() -> None:
+    logits_RV = drawn_logits()
+    held, chosen_R = slice(40, 72), logits_RV[:, 7]
+    lse, above, *best = shard_scores(logits_RV[:, held].clone(), chosen_R, 2, 40).unbind(1)
+    torch.testing.assert_close(lse, logits_RV[:, held].double().logsumexp(1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(above, (logits_RV[:, held] > chosen_R[:, None]).sum(1).double())
+    values, columns = logits_RV[:, held].topk(2)
+    assert torch.equal(torch.stack(best, 1), torch.cat([values.double(), columns.double() + 40], 1))
 
 
 def test_rows_that_have_no_finite_logit_to_choose_are_told() -> None:
@@ -121,8 +165,6 @@ def test_rows_that_have_no_finite_logit_to_choose_are_told() -> None:
     assert [fine for _, fine, _ in found] == [False, False, True]
 
 
-def test_filters_and_logprobs_need_whole_logits() -> None:
-    whole = [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"temperature": 0.0, "logprobs": 1}]
-    assert all(needs_whole_logits(SamplingParams(**fields)) for fields in whole)
-    assert not any(needs_whole_logits(SamplingParams(**fields)) for fields in SETTINGS)
-    assert not needs_whole_logits(SamplingParams(temperature=0.0, top_k=3))
+def test_only_filters_of_rows_that_are_drawn_need_whole_logits() -> None:
+    assert all(filters(SamplingParams(**fields)) for fields in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}))
+    assert not any(filters(SamplingParams(**fields)) for fields in [*SETTINGS, {"temperature": 0.0, "top_k": 3}])
