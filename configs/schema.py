@@ -54,10 +54,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"],
+        Literal["none", "int8", "int4", "fp8"],
         Meta(
-            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded; CPU only. "
-            "Activations are rounded to 8 bits in the products. See docs/quantisation.md."
+            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded. On CPUs "
+            "activations are rounded to 8 bits in the products; fp8, on GPUs only, rounds them to FP8. See "
+            "docs/quantisation.md."
         ),
     ] = "none"
     max_model_len: Annotated[
@@ -130,6 +131,14 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per block.")] = 16
+    dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(
+            description="Type of cached keys and values: auto is the model's; fp8 (e4m3, one byte) takes the "
+            "checkpoint's k_scale and v_scale, else 1. On CPUs torch computes with fp8, slower than the C kernels.",
+            extra=_names("--kv-cache-dtype", keyword="kv_cache_dtype"),
+        ),
+    ] = "auto"
     num_blocks: Annotated[
         Positive | None,
         Meta(description="Blocks of the cache (of each group); default: as many as memory allows."),

@@ -27,6 +27,16 @@ from typing import Any, NamedTuple
 JOBS = Path(__file__).resolve().parent / "gpu_jobs.py"
 ROOT = JOBS.parents[1]
 LAYOUTS = ((1, 1), (2, 1), (1, 2))
+ROUNDED = (
+    ("llama", 1, "--quantization", "int8"),
+    ("llama", 2, "--quantization", "int4"),
+    ("qwen3_moe", 1, "--quantization", "int4"),
+    ("llama", 2, "--quantization", "fp8"),
+    ("qwen3_moe", 1, "--quantization", "fp8"),
+    ("llama", 1, "--kv-cache-dtype", "fp8"),
+    ("gemma2", 2, "--kv-cache-dtype", "fp8"),
+)
+"""Models with few-bit weights or an FP8 cache: family, tensor size, setting."""
 SANITIZED = ("attention mixed float16", "attention uneven", "attention shared", "rope_kv_write")
 MARKS = "<!-- {} begins -->", "<!-- {} ends -->"
 Row = dict[str, Any]
@@ -49,6 +59,13 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
         for name in families
         for tp, pp in LAYOUTS
         if args.only in f"model {name} tp{tp} pp{pp}"
+    ]
+    models += [
+        Job(f"model {name} tp{tp} {setting} {value}", ["model", name, "--tp", str(tp), setting, value, *common])
+        for name, tp, setting, value in ROUNDED
+        if name in families
+        and args.only in f"model {name} tp{tp} {setting} {value}"
+        and not (args.interpret and (tp > 1 or (setting, value) == ("--quantization", "fp8")))
     ]
     only = ["--only", args.only]
     parts = [

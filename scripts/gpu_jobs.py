@@ -71,9 +71,12 @@ def check_kernels(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """A tiny model of one family on one layout: greedy tokens in float32 against transformers."""
+    """A tiny model of one family on one layout: greedy tokens in float32 against transformers; with few-bit weights,
+    against transformers on the floats they stand for; with FP8, tokens nearly as good as its best.
+    """
     from shoal import LLM, SamplingParams
     from shoal.kernels import device
+    from tests.model.rounded import rounded_checkpoint
     from tests.model.tiny_models import VOCAB, load_oracle, make_model
     from tests.parity import check_greedy
 
@@ -83,8 +86,9 @@ def check_model(args: argparse.Namespace) -> None:
     prompts = [prompt[:30] if stepwise else prompt for prompt in prompts]
     settings: dict[str, Any] = {"max_model_len": 64} if args.name == "phi3_longrope" else {}
     if args.interpret:
+        assert size == 1 or args.quantization == "none", "ranks in other processes round activations, as CPUs do"
         device.INTERPRET_CPU_TENSORS = size == 1  # ranks of several are other processes: they run on torch
-        settings["device"] = "cpu"
+        settings |= {"device": "cpu", "native": "off"}
     else:
         settings |= {"device": "cuda", "ranks_per_device": size}
     greedy = SamplingParams(temperature=0.0, max_tokens=4 if args.interpret else 12, ignore_eos=True)
@@ -92,15 +96,35 @@ def check_model(args: argparse.Namespace) -> None:
         path = make_model(args.name, Path(folder))
         with LLM(
             str(path), dtype="float32", tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp,
-            skip_tokenizer_init=True, block_size=4, max_num_batched_tokens=24, max_num_seqs=16, **settings,
+            skip_tokenizer_init=True, block_size=4, max_num_batched_tokens=24, max_num_seqs=16,
+            quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype, **settings,
         ) as llm:  # fmt: skip
             outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+        if args.quantization in ("int8", "int4"):
+            path = rounded_checkpoint(path, Path(folder) / "rounded", args.quantization)
         oracle = load_oracle(path)
-    tokens = 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        check_greedy(oracle, prompt, output.outputs[0].token_ids, stepwise=stepwise)
-        tokens += len(output.outputs[0].token_ids)
-    tell(check="model", name=f"{args.name} tp{args.tp} pp{args.pp}", ok=True, detail=f"{tokens} tokens equal")
+    found = [(prompt, output.outputs[0].token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
+    kinds = [f"{args.quantization} weights"] if args.quantization != "none" else []
+    kinds += [f"{args.kv_cache_dtype} cache"] if args.kv_cache_dtype != "auto" else []
+    name = ", ".join([f"{args.name} tp{args.tp} pp{args.pp}", *kinds])
+    if "fp8" in (args.quantization, args.kv_cache_dtype):
+        worst = max(shortfall(oracle, prompt, ids) for prompt, ids in found)
+        detail = f"worst token {worst:.2f} standard deviations below the best logit"
+        tell(check="model", name=name, ok=worst < 1.0, detail=detail, error=worst, limit=1.0)
+        return
+    for prompt, ids in found:
+        check_greedy(oracle, prompt, ids, stepwise=stepwise)
+    tell(check="model", name=name, ok=True, detail=f"{sum(len(ids) for _, ids in found)} tokens equal")
+
+
+def shortfall(oracle: Any, prompt: list[int], token_ids: list[int]) -> float:
+    """How far the worst of these tokens is below the oracle's best, in standard deviations of the logits."""
+    import torch
+
+    with torch.inference_mode():
+        logits = oracle(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
+    return float(((logits.amax(1) - chosen) / logits.std(1)).max())
 
 
 class Stopwatch:
@@ -206,6 +230,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose kernel and name contain this")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4", "fp8"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, also on a GPU")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()

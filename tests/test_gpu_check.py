@@ -108,4 +108,4 @@ def test_what_has_no_time_to_run_is_said_to_have_not_run(tmp_path: Path) -> None
 def test_a_whole_model_runs_through_the_interpreter(tmp_path: Path) -> None:
     status, output, rows = gpu_check(tmp_path, "--interpret", "--only", "model llama")
     assert status == 0, output
-    assert sum(row["check"] == "model" for row in rows) == 3
+    assert sum(row["check"] == "model" for row in rows) == 5

@@ -62,7 +62,9 @@ def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, det
         return Tiles(64, 32, 8, 2)
     if dim <= 64:
         return Tiles(128, 64, 8, 3)
-    return Tiles(64, 64, 4, 2) if capability() >= TMA_CAPABILITY else Tiles(128, 64, 8, 2)
+    if capability() >= TMA_CAPABILITY:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(128, 32 if fp8 else 64, 8, 2)
 
 
 def capability() -> int:

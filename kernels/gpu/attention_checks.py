@@ -212,6 +212,7 @@ def measured_cases() -> Iterator[Case]:
         yield case(f"prefill 1 x 2048 d{dim}", [(2048, 2048)], (32, 8), dim, budget=FEW_SPILLS, measured=True)
     yield case("decode 1 x 8192", [(1, 8192)], (32, 8), measured=True)
     yield case("decode 32 x 4096 fp8", decode, (32, 8), fp8=True, budget=Budget(), measured=True)
+    yield case("prefill 1 x 2048 fp8", [(2048, 2048)], (32, 8), fp8=True, budget=Budget(), measured=True)
     yield case("decode 32 x 4096 deterministic", decode, (32, 8), deterministic=True, budget=FEW_SPILLS, measured=True)
     yield case("prefill 1 x 2048 deterministic", [(2048, 2048)], (32, 8), deterministic=True, measured=True)
     yield case("decode 32 x 4096 window 1024", decode, (32, 8), window=1024, budget=Budget(), measured=True)

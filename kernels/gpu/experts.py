@@ -11,6 +11,7 @@ from shoal.kernels.gpu.moe_align import launch_moe_align
 from shoal.kernels.gpu.moe_combine import launch_moe_combine
 from shoal.kernels.gpu.moe_gemm import BLOCK_ROWS_FIXED, launch_moe_gemm
 from shoal.kernels.gpu.tables import GROUPED_MM_ALIGNMENT, GROUPED_MM_PRODUCTS
+from shoal.kernels.weight import Weight
 
 
 def takes_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, rows_per_expert: float) -> bool:
@@ -23,8 +24,8 @@ def takes_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
 
 def launch_experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
@@ -32,14 +33,19 @@ def launch_experts(
     *,
     deterministic: bool,
 ) -> torch.Tensor:
-    """x: [num_tokens, hidden]; gate_up: [num_experts, 2 columns, hidden]; down: [num_experts, hidden, columns];
-    weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held; kind: a value of
-    activation.KINDS. Returns [num_tokens, hidden], the sum over the experts held.
+    """x: [num_tokens, hidden]; gate_up: [num_experts, 2 columns, hidden]; down: [num_experts, hidden, columns], tensors
+    or rounded stacks; weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held;
+    kind: a value of activation.KINDS. Returns [num_tokens, hidden], the sum over the experts held.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
     weights, ids = weights.contiguous(), ids.contiguous()
     rows_per_expert = ids.numel() / max(num_experts, 1)
-    if not deterministic and takes_grouped_mm(x, gate_up, down, rows_per_expert):
+    if (
+        isinstance(gate_up, torch.Tensor)
+        and isinstance(down, torch.Tensor)
+        and not deterministic
+        and takes_grouped_mm(x, gate_up, down, rows_per_expert)
+    ):
         y = grouped_mm_experts(x, gate_up, down, ids, first, kind)
     else:
         wanted = max(triton.next_power_of_2(int(rows_per_expert)), 16)

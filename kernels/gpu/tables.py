@@ -16,6 +16,10 @@ SMALL_ROWS: dict[tuple[str, torch.dtype], int] = {
 scaled_mm are ahead from one row on: in the kernel (1.2 to 1.9 times) and in what a launch costs the host (11 us, 60).
 float16 was not measured; it has the same kernels as bfloat16."""
 
+DEQUANTISED_ROWS = 512
+"""Rows from which int8 and int4 weights are made floats, slab by slab, for cuBLAS, unless deterministic. Not measured:
+making them moves some 25 bytes a weight, as long as 500 rows take at 100 TFLOP/s."""
+
 GROUPED_MM_PRODUCTS = 3 << 30
 """Multiply-adds of one projection of an expert, on average, from which torch's grouped_mm takes the place of the Triton
 products: 8 experts of 4096 x 3584 cross between 1.9e9 (ours by 1.25) and 3.8e9 (grouped_mm by 1.12); 128 experts of
