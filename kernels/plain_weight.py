@@ -92,7 +92,7 @@ class PlainWeight(RoundedWeight):
         from shoal.kernels.gpu.linear import launch_linear
         from shoal.kernels.gpu.tables import DEQUANTISED_ROWS
 
-        if not deterministic and len(x_MK) >= DEQUANTISED_ROWS:
+        if not deterministic and len(x_MK) >= DEQUANTISED_ROWS[self.bits]:
             return self.multiply_floats(x_MK, bias)
         return launch_linear(
             x_MK if x_MK.stride(1) == 1 else x_MK.contiguous(),

@@ -46,7 +46,7 @@ def test_many_rows_go_through_floats_unless_deterministic(bits: int, monkeypatch
     if not triton.knobs.runtime.interpret:
         pytest.skip("runs in Triton's interpreter only")
     monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
-    monkeypatch.setattr("shoal.kernels.gpu.tables.DEQUANTISED_ROWS", 4)
+    monkeypatch.setattr("shoal.kernels.gpu.tables.DEQUANTISED_ROWS", {bits: 4})
     monkeypatch.setattr("shoal.kernels.plain_weight.SLAB_ELEMENTS", 7 * INNER)
     weight, values = stored(bits, 32)
     x, bias = torch.randn(4, INNER), torch.randn(COLUMNS)
