@@ -17,9 +17,9 @@ scaled_mm are ahead from one row on: in the kernel (1.2 to 1.9 times) and in wha
 float16 was not measured; it has the same kernels as bfloat16."""
 
 DEQUANTISED_ROWS = {8: 1024, 4: 512}
-"""Bits of a weight: rows from which it is made floats, slab by slab, for cuBLAS, unless deterministic. At these rows the
-two were between 0.74 and 1.76 times each other's speed, by the weight's shape; at a quarter of them ours is ahead by 1.3
-to 3, at four times as many the floats are, by 2 to 5 (int8 of 14336 inputs: ours still by 1.1)."""
+"""Bits of a weight: rows from which it is made floats, slab by slab, for cuBLAS, unless deterministic. At these rows
+the two were between 0.74 and 1.76 times each other's speed, by the weight's shape; at a quarter of them ours is ahead
+by 1.3 to 3, at four times as many the floats are, by 2 to 5 (int8 of 14336 inputs: ours still by 1.1)."""
 
 GROUPED_MM_PRODUCTS = 3 << 30
 """Multiply-adds of one projection of an expert, on average, from which torch's grouped_mm takes the place of the Triton
