@@ -49,6 +49,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     shards: of every rank. devices: of the ranks it starts itself, by rank; the others connect from elsewhere.
     ranks_per_device: ranks, of all replicas, that share one device's memory.
     grace_s: seconds it keeps its ranks without a front end, for another to take over; 0 ends with the first one.
+    hosts: what the launcher calls the host of each rank; where it says nothing, ranks name their hosts themselves.
     front_address: where its front end listens. listen_host: None for Unix sockets, else the interface ranks connect to.
     """
 
@@ -63,6 +64,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     config_fingerprint: str
     listen_host: str | None = None
     grace_s: float = 0.0
+    hosts: dict[int, str] = msgspec.field(default_factory=dict)
 
 
 RANK_BOOTSTRAP: "msgspec.msgpack.Decoder[RankBootstrap]" = msgspec.msgpack.Decoder(RankBootstrap)

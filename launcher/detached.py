@@ -114,7 +114,7 @@ class DetachedController:
         self._logs = _KeptLines()
         logging.getLogger().addHandler(self._logs)
         logging.getLogger().setLevel(self._order.config.runtime.log_level.upper())
-        self._doing = "starting"
+        self._doing, self._host = "starting", platform.node()
         self._refused: HostRefused | None = None
         self._door: Door | None = None
         self._controller: Controller | None = None
@@ -151,6 +151,7 @@ class DetachedController:
         weights = config.model.load_format != "dummy"
         digest = "" if model_dir is None else await asyncio.to_thread(checkpoint_digest, model_dir, weights)
         cluster = Cluster()
+        self._host = cluster.own_node().address  # as replicas' hosts are called
         journal = self._journal = await asyncio.to_thread(open_journal, order.name, order.launch)
         fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
         count, missing = await self._recover(fleet, journal)
@@ -212,7 +213,7 @@ class DetachedController:
             name=order.name,
             model=order.config.model.path or "",
             layout=(parallel.tensor, parallel.pipeline, parallel.data),
-            host=platform.node(),
+            host=self._host,
             pid=os.getpid(),
             state=state,
             controller=None if controller is None else self._loop.run(controller.status(), 10.0),
