@@ -1,5 +1,6 @@
 """A model that stays on a cluster: up, attached front ends, scaling, the controller's death, down."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from tests.cluster.hosts import joined_hosts
 from tests.cluster.ray_hosts import RayHosts, named, wait_for
-from tests.cluster.test_ray_hosts import alone, tokens
+from tests.cluster.test_ray_hosts import LENGTH, alone, tokens
 
 pytest.importorskip("ray")
 LONG = ["--max-tokens", "800", "--ignore-eos", "--temperature", "0"]
@@ -28,6 +29,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def node(state: Path) -> Iterator[RayHosts]:
     with joined_hosts(1) as hosts:
         yield RayHosts(hosts, cpus=[4])
+
+
+def back(node: RayHosts, pid: int) -> bool:
+    """Whether another process than this is the controller, and serves."""
+    asked = node.shoal("status", "prod", "--ray-address", node.address, "--json")
+    output, _ = asked.communicate(timeout=60.0)
+    status = json.loads(output) if asked.returncode == 0 else {"pid": pid}  # between two lives nobody answers
+    return status["pid"] != pid and status["state"] == "serving"
 
 
 @pytest.mark.slow
@@ -64,6 +73,14 @@ def test_detached_model_serves_scales_survives_its_controller_and_goes_down(
     node.run_shoal("scale", "prod", "--replicas", "2", *at)
     replicas = node.status("prod")["controller"]["replicas"]
     assert [replica["state"] for replica in replicas] == ["ready", "ready"]
+    ranks, pid = named(node.hosts[0], "^shoal-rank-"), node.status("prod")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: back(node, pid), "the controller to be back", 100.0)
+    assert node.run_shoal("generate", "demo", "--attach", "prod", "-p", "def main(", *LENGTH, *at).strip()
+    replicas = node.status("prod")["controller"]["replicas"]
+    assert [(replica["state"], replica["restarts"]) for replica in replicas] == [("ready", 0)] * 2
+    assert named(node.hosts[0], "^shoal-rank-") == ranks, "both replicas held out, as many as `scale` last said"
+
     too_many = node.shoal("scale", "prod", "--replicas", "3", *at)
     _, errors = too_many.communicate(timeout=100)
     assert too_many.returncode == 2 and "0 of its 4 CPUs are free" in errors
