@@ -54,8 +54,9 @@ def test_stages_on_two_hosts_serve_over_their_own_interfaces(hosts: list[Host], 
 
 
 @pytest.mark.slow
-def test_an_attempt_after_a_failed_one_finds_nothing_of_it_on_either_host(hosts: list[Host]) -> None:
-    processes = start(hosts, ["--max-restarts", "1", SCRIPT, ".", "1", "2", "1", "restarts"], "c10d", per_host=1)
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_an_attempt_after_a_failed_one_finds_nothing_of_it_on_either_host(hosts: list[Host], rendezvous: str) -> None:
+    processes = start(hosts, ["--max-restarts", "1", SCRIPT, ".", "1", "2", "1", "restarts"], rendezvous, per_host=1)
     output, errors = processes[0].communicate(timeout=TIMEOUT_S)
     assert processes[0].returncode == 0, errors
     assert output == "serving 1\n"
