@@ -120,6 +120,7 @@ class DetachedController:
         self._controller: Controller | None = None
         self._fleet: RayFleet | None = None
         self._journal: Journal | None = None
+        self._ending, self._ended = threading.Lock(), False
         self._orphans: Orphans | None = None
         self._serving: asyncio.Task[None] | None = None
         self._loop = LoopThread("shoal-controller")
@@ -152,7 +153,7 @@ class DetachedController:
         digest = "" if model_dir is None else await asyncio.to_thread(checkpoint_digest, model_dir, weights)
         cluster = Cluster()
         self._host = cluster.own_node().address  # as replicas' hosts are called
-        journal = self._journal = await asyncio.to_thread(open_journal, order.name, order.launch)
+        journal = await asyncio.to_thread(self._open_journal)
         fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
         count, missing = await self._recover(fleet, journal)
         controller = make_controller(fleet.make, count, fleet.settled, journal=journal)
@@ -172,6 +173,14 @@ class DetachedController:
         )
         self._doing = "serving"
         logger.info("%s takes requests at %s", order.name, door.address)
+
+    def _open_journal(self) -> Journal:
+        """Raises EngineError once the model was taken down."""
+        with self._ending:
+            if self._ended:
+                raise EngineError("it was taken down while it started")
+            self._journal = open_journal(self._order.name, self._order.launch)
+            return self._journal
 
     async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
         """Find what an earlier life left, or place replicas; how many there shall be, and those not found."""
@@ -249,6 +258,7 @@ class DetachedController:
         while True:
             slots = (await controller.status()).replicas
             if all(slot.ready for slot in slots):
+                logger.info("%s has %d replicas, and had %d", self._order.name, replicas, len(have))
                 return
             lost = next((slot for slot in slots if slot.state == "given up"), None)
             if lost is not None or time.monotonic() >= deadline:
@@ -263,8 +273,10 @@ class DetachedController:
         if self._controller is not None:
             unfinished = self._loop.run(self._down(self._controller, drain_s), drain_s + SCALE_SLACK_S)
         end_crews(Cluster(), self._order.name)
-        if self._journal is not None:
-            remove_journal(self._journal)
+        with self._ending:
+            self._ended = True
+            if self._journal is not None:
+                remove_journal(self._journal)
         return unfinished
 
     async def _down(self, controller: Controller, drain_s: float) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.cluster.ray_hosts import RayHosts, named, wait_for
 from tests.cluster.test_ray_hosts import LENGTH, alone, tokens
 
 pytest.importorskip("ray")
+SHOAL = [sys.executable, "-m", "shoal"]
 LONG = ["--max-tokens", "800", "--ignore-eos", "--temperature", "0"]
 
 
@@ -40,6 +42,20 @@ def back(node: RayHosts, pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_up_that_is_interrupted_leaves_nothing(state: Path, node: RayHosts, number: int) -> None:
+    up = node.shoal("up", "demo", "--name", "prod", "-tp", "2", "--ray-address", node.address)
+    wait_for(lambda: named(node.hosts[0], "ray::Crew") != [] or up.poll() is not None, "a crew", 100.0)
+    assert up.poll() is None
+    up.send_signal(number)
+    _, errors = up.communicate(timeout=60)
+    assert up.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[signal.Signals(number)], errors
+    wait_for(lambda: named(node.hosts[0], "^shoal-|shoal.launcher.zygote|ray::Crew") == [], "all to end", 20.0)
+    assert list(state.glob("shoal/detached/*")) == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_detached_model_serves_scales_survives_its_controller_and_goes_down(
     state: Path, node: RayHosts, tmp_path: Path
@@ -52,6 +68,10 @@ def test_detached_model_serves_scales_survives_its_controller_and_goes_down(
     taken = node.shoal("up", "demo", "--name", "prod", "-tp", "2", *at)
     _, errors = taken.communicate(timeout=100)
     assert taken.returncode == 2 and "is up already" in errors
+
+    stranger = node.hosts[0].start([*SHOAL, "status", "prod", *at], {**node.env, "RAY_AUTH_TOKEN": "00" * 32})
+    _, errors = stranger.communicate(timeout=100)
+    assert stranger.returncode == 2 and "the token that was found is not the one of the cluster" in errors
 
     ranks, pid = named(node.hosts[0], "^shoal-rank-"), node.status("prod")["pid"]
     load = node.shoal(
