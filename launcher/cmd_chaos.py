@@ -61,15 +61,24 @@ def read_kinds(text: str) -> tuple[FaultKind, ...]:
     return tuple(names[name] for name in text.split(","))
 
 
-async def ask_for_loss(host: str) -> None:
-    """Say which host to lose on standard output, and wait for a line on standard input. Raises EngineError."""
+async def ask_for_loss(host: str) -> float:
+    """Say which host to lose on standard output, and wait for a line on standard input, on which a script on this
+    machine may write the moment (time.monotonic) it did so. Returns that, or when the line came. Raises EngineError.
+    """
     print(f"lose {host}", flush=True)
-    deadline = time.monotonic() + LOSE_TIMEOUT_S
+    asked = time.monotonic()
+    deadline = asked + LOSE_TIMEOUT_S
     while not (await asyncio.to_thread(select.select, [sys.stdin], [], [], 1.0))[0]:
         if time.monotonic() >= deadline:
             raise EngineError(f"nobody said within {LOSE_TIMEOUT_S:g} s that the host is lost")
-    if not await asyncio.to_thread(sys.stdin.readline):
+    line = await asyncio.to_thread(sys.stdin.readline)
+    if not line:
         raise EngineError("nobody can say that the host is lost: standard input is at its end")
+    now = time.monotonic()
+    try:
+        return min(max(asked, float(line)), now)
+    except ValueError:
+        return now
 
 
 def _with_processes(resolved: ResolvedConfig) -> ResolvedConfig:

@@ -7,6 +7,7 @@ or cut off its network, in turns; a fresh one comes up in its place.
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def _serve(chaos: "subprocess.Popen[str]", cluster: RayHosts) -> None:
         if returning is not None:
             returning.join(END_S)  # there is a spare host again
         cut, lost = lost % 2 == 1, lost + 1
+        moment = time.monotonic()
         if cut:
             host.cut()
         else:
             host.kill_all()
-        chaos.stdin.write("lost\n")
+        chaos.stdin.write(f"{moment}\n")
         chaos.stdin.flush()
         returning = threading.Thread(target=_bring_back, args=(cluster, host, cut), daemon=True)
         returning.start()
