@@ -21,8 +21,8 @@ from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure
 from shoal.engine.rank_watch import LOOK_INTERVAL_S, RankWatch
 from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
-HEARING_S = 1.0
 ELSEWHERE_S = 0.4
+HEARING_S = 1.0
 DUMP_WAIT_S = 0.5
 LOG_LINES = 30
 
