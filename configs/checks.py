@@ -41,11 +41,11 @@ def _model(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             value=model.checksums,
             message="cannot be checked with model.load_format = dummy, which reads no file; leave one of them out",
         )
-    if model.quantization != "none" and config.runtime.device == "cuda":
+    if model.quantization == "fp8" and config.runtime.device == "cpu":
         yield Problem(
             key="model.quantization",
             value=model.quantization,
-            message="quantised weights are computed with on CPUs only, and runtime.device is cuda; use none, or cpu",
+            message="is for GPUs, and runtime.device is cpu; use int8 or int4, or leave it out",
         )
     if model.tokenizer is not None and model.skip_tokenizer_init:
         yield Problem(
@@ -147,7 +147,7 @@ _FIXED_AT_START = frozenset(
     + [f"runtime.{name}" for name in ("device", "deterministic", "threads", "collectives", "native")]
     + [
         f"launcher.{name}"
-        for name in ("step_timeout_s", "controller_grace_s", "max_restarts", "routing", "load_factor")
+        for name in ("step_timeout_s", "controller_grace_s", "lease_s", "max_restarts", "routing", "load_factor")
     ]
 )
 """Beside the layout, cache and scheduler: what a detached model was started with, and a front end cannot change."""

@@ -54,10 +54,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         Meta(description="Type of weights and activations; auto takes the checkpoint's."),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"],
+        Literal["none", "int8", "int4", "fp8"],
         Meta(
-            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded; CPU only. "
-            "Activations are rounded to 8 bits in the products. See docs/quantisation.md."
+            description="Weights of linears in 8 or 4 bits, made when a float checkpoint is loaded. On CPUs "
+            "activations are rounded to 8 bits in the products; fp8, on GPUs only, rounds them to FP8. See "
+            "docs/quantisation.md."
         ),
     ] = "none"
     max_model_len: Annotated[
@@ -130,6 +131,14 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=256, description="Tokens per block.")] = 16
+    dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(
+            description="Type of cached keys and values: auto is the model's; fp8 (e4m3, one byte) takes the "
+            "checkpoint's k_scale and v_scale, else 1. On CPUs torch computes with fp8, slower than the C kernels.",
+            extra=_names("--kv-cache-dtype", keyword="kv_cache_dtype"),
+        ),
+    ] = "auto"
     num_blocks: Annotated[
         Positive | None,
         Meta(description="Blocks of the cache (of each group); default: as many as memory allows."),
@@ -180,6 +189,10 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
         Positive,
         Meta(description="Requests waiting per replica before new ones are refused."),
     ] = 8192
+    max_queue_wait_s: Annotated[
+        Seconds | None,
+        Meta(description="New requests are refused while one is expected to wait longer than this for its first step."),
+    ] = None
 
 
 class LauncherConfig(Section, frozen=True, kw_only=True):
@@ -228,6 +241,15 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="Seconds the ranks of a detached model (`shoal up`) wait for its controller to come back."),
     ] = 60.0
+    lease_s: Annotated[
+        float,
+        Meta(
+            ge=0.2,
+            le=1e6,
+            description="Seconds without a sign of life, which comes five times as often, after which a front end of a "
+            "detached model (`shoal up`) loses what it asked for; one that comes back goes on.",
+        ),
+    ] = 0.75
     routing: Annotated[
         Literal["prefix", "least_loaded", "round_robin"],
         Meta(
@@ -281,6 +303,13 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
         Positive | None,
         Meta(description="CPU threads per rank; default: the host's cores divided by its ranks."),
     ] = None
+    pin_cores: Annotated[
+        bool,
+        Meta(
+            description="Keep every CPU rank of a tensor group to cores of its own. Only where all ranks are local "
+            "processes and the host has a core for each of their threads."
+        ),
+    ] = True
     collectives: Annotated[
         Literal["auto", "shm", "gloo", "nccl"],
         Meta(

@@ -79,6 +79,11 @@ class CostModel:
         load.add(num_tokens, num_computed)
         return self.seconds(load) - self._weights[0] + 1e-9
 
+    def tokens_worth_a_step(self) -> int:
+        """Prompt tokens that take as long as a step takes anyhow; 0 before it is ready."""
+        per_token = self._weights[2] / UNITS[2]
+        return int(min(self._weights[0] / per_token, 2**31)) if self.ready and per_token > 0.0 else 0
+
     def prefill_tokens_within(self, seconds: float, num_computed: int) -> int:
         """Most prompt tokens, the first at position num_computed, whose predicted time stays within `seconds`."""
         if seconds <= 0.0:

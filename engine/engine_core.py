@@ -16,6 +16,7 @@ from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.clock import Clock
 from shoal.engine.executor import Executor, ExecutorFailed
 from shoal.engine.messages import EngineStats, FinishReason, OutputDelta, Request
+from shoal.engine.queue_wait import QueueWait
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 
@@ -42,6 +43,7 @@ class EngineCore:
             enable_prefix_caching=config.cache.enable_prefix_caching,
             epoch=epoch,
         )
+        self._queue_wait = QueueWait(self.scheduler)
         self.failure: EngineError | None = None
         self._live: dict[str, Sequence] = {}
         self._outbox: list[OutputDelta] = []
@@ -77,6 +79,7 @@ class EngineCore:
                 f"{num_waiting} requests wait already (scheduler.max_queued_requests): come back later, or raise it",
                 self._retry_after_s(),
             )
+        self._check_wait()
         sampling = request.sampling
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=self._seeds.getrandbits(53))
@@ -122,6 +125,19 @@ class EngineCore:
                 )
         most = limit if max_tokens is None else min(limit, num_prompt_tokens + max_tokens)
         check_fits_alone(self.scheduler.tables, num_prompt_tokens, most)
+
+    def _check_wait(self) -> None:
+        """Raise QueueFull when a new request would wait for longer than it may."""
+        limit_s = self.config.scheduler.max_queue_wait_s
+        if limit_s is None:
+            return
+        expected_s = self._queue_wait.expected_s()
+        if expected_s > limit_s:
+            raise QueueFull(
+                f"a request would wait {expected_s:.3f} s for its turn, the limit is {limit_s:g} s "
+                "(scheduler.max_queue_wait_s): come back later, or raise it",
+                expected_s - limit_s,
+            )
 
     def _retry_after_s(self) -> float:
         """About how long until one waiting request has its turn."""
@@ -178,6 +194,7 @@ class EngineCore:
             self._wait_s += timing.wait_s
             self._sample_s += timing.sample_s
         seconds, self._last_result = now - max(launched, self._last_result), now
+        self._queue_wait.observe(seconds)
         for delta in self.scheduler.update(result, seconds):
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]

@@ -14,6 +14,7 @@ from typing import TypeVar
 from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.messages import EngineStats, OutputDelta, Request
+from shoal.engine.work_thread import WorkThread
 
 IDLE_CHECK_S = 0.5  # between looks at the executor's health while there is nothing to do
 
@@ -36,10 +37,12 @@ def _put_all(deltas: list[tuple[_Stream, OutputDelta]]) -> None:
 
 
 class InprocessClient(EngineClient):
-    """Owns the core and its executor from construction to `close`; may be used from several event loops."""
+    """Owns the core and its executor from construction to `close`; may be used from several event loops. on_accepted:
+    told the id of every request that was accepted.
+    """
 
-    def __init__(self, core: EngineCore) -> None:
-        """core: fresh, its executor ready. Starts the thread."""
+    def __init__(self, core: EngineCore, thread: WorkThread | None = None) -> None:
+        """core: fresh, its executor ready. thread: to run in, the client's from now on; default: a new one."""
         self._core = core
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -48,8 +51,9 @@ class InprocessClient(EngineClient):
         self._streams: dict[str, _Stream] = {}
         self._drained: list[Future[None]] = []
         self._failed: Future[EngineError] = Future()
-        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
-        self._thread.start()
+        self.on_accepted: Callable[[str], None] | None = None
+        self._thread = thread or WorkThread()
+        self._thread.finish(self._run)
 
     async def failed(self) -> EngineError:
         """Wait until the engine cannot serve any more; the first cause."""
@@ -67,6 +71,8 @@ class InprocessClient(EngineClient):
         try:
             self._submitting.add(stream)
             await self._ask(lambda: self._accept(request, stream))
+            if self.on_accepted is not None:
+                self.on_accepted(request.request_id)
             while not finished:
                 delta = await stream.queue.get()
                 finished = delta.finish_reason is not None
@@ -96,7 +102,8 @@ class InprocessClient(EngineClient):
         if not self._post(lambda: self._drained.append(drained)):
             return []
         try:
-            await asyncio.wait_for(asyncio.wrap_future(drained), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wrap_future(drained)
         except TimeoutError:
             return await self._ask(lambda: list(self._streams))
         return []

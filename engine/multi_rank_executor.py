@@ -40,7 +40,7 @@ class MultiRankExecutor(Executor):
             left = deadline - time.monotonic()
             if left <= 0:
                 cause = f"step {handle} gave no result within {timeout_s:g} s (launcher.step_timeout_s)"
-                self._links.fail(cause, self._links.watch.stalest(), self._links.watch.doing())
+                self._links.fail_late(cause)
             self._take(min(left, LOOK_INTERVAL_S))
             if not self._results:
                 self._links.check_hang(waiting=True)

@@ -11,7 +11,7 @@ import select
 import selectors
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
 import msgspec
@@ -23,7 +23,7 @@ from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
 ELSEWHERE_S = 0.4
 HEARING_S = 1.0
-DUMP_WAIT_S = 0.5
+DUMP_WAIT_S = 5.0  # a busy host takes its time
 LOG_LINES = 30
 
 logger = logging.getLogger("shoal.ranks")
@@ -65,9 +65,9 @@ class Supervisor(ABC):
     def kill(self) -> list[RankExit]:
         """Kill all that still run, and wait until they are gone; how they ended."""
 
-    def ask_for_stacks(self, ranks: list[int]) -> bool:
-        """Have ranks, also stopped ones, write the Python stacks of their threads to their logs; False when that cannot
-        be asked of them here.
+    def write_stacks(self, ranks: Collection[int], timeout_s: float) -> bool:
+        """Have ranks, also stopped ones, write the Python stacks of their threads to their logs, and wait until they
+        have; False when that cannot be asked of them here.
         """
         return False
 
@@ -75,6 +75,14 @@ class Supervisor(ABC):
 def _end_of(log: str) -> str:
     """The last lines of a log, for people."""
     return "\n".join(log.strip().splitlines()[-LOG_LINES:])
+
+
+def end_with_stacks(supervisor: Supervisor, ranks: Collection[int]) -> str:
+    """End the group; what ranks have to say of where they are, in lines, when that can be asked of them here."""
+    if not supervisor.write_stacks(ranks, DUMP_WAIT_S):
+        return ""
+    logs = {exited.rank: exited.log for exited in supervisor.kill() if exited.rank in ranks}
+    return "".join(f"\nrank {rank} wrote:\n{_end_of(logs[rank])}" for rank in sorted(logs) if logs[rank].strip())
 
 
 def first_cause(failures: list[RankFailure], exits: list[RankExit], hung_up: dict[int, str]) -> ExecutorFailed:
@@ -261,11 +269,16 @@ class RankLinks:
         if hang is None:
             return
         detail = self.watch.doing()
-        if hang.rank is not None and hang.silent and self._supervisor.ask_for_stacks([hang.rank]):
-            self._supervisor.wait(DUMP_WAIT_S)
-            logs = [exited.log for exited in self._supervisor.kill() if exited.rank == hang.rank]
-            detail += "".join(f"\nrank {hang.rank} wrote:\n{_end_of(log)}" for log in logs if log.strip())
+        if hang.rank is not None and hang.silent:
+            detail += end_with_stacks(self._supervisor, [hang.rank])
         self.fail(hang.cause, hang.rank, detail)
+
+    def fail_late(self, cause: str) -> NoReturn:
+        """Give the group up because a step took too long: the rank that has been silent meanwhile, if one has, tells
+        where it is.
+        """
+        rank, detail = self.watch.stalest(), self.watch.doing()
+        self.fail(cause, rank, detail if rank is None else detail + end_with_stacks(self._supervisor, [rank]))
 
     def stop(self, timeout_s: float) -> None:
         """Ask every rank to end, kill those that have not after timeout_s. Idempotent."""

@@ -1,5 +1,5 @@
-"""Sampler: logits of the rows that sample to token ids and log-probabilities. Runs on the last stage's tensor rank 0,
-which decides.
+"""Sampler: logits of the rows that sample to token ids and log-probabilities; of the whole vocabulary on the last
+stage's tensor rank 0, or of a rank's shard of it (engine/choosing.py says which, and joins shards).
 
 Order, as in vLLM: log-probabilities are of the raw logits; then allowed ids, bad words, min_tokens, logit_bias,
 penalties; greedy rows take the best token; others are divided by the temperature, filtered (min-p, top-k, top-p), and
@@ -7,7 +7,7 @@ the best of logits + Gumbel noise is the sample, which is an exact draw from the
 lowest token id wins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from shoal.kernels.penalties import apply_penalties_
 from shoal.kernels.philox import gumbel_noise, gumbel_noise_at
 from shoal.kernels.token_logprobs import best_tokens, token_logprobs
 from shoal.model.memory_estimate import SAMPLING_SLICE
+from shoal.parallel.sharding import Range
 
 MINUS_INF = float("-inf")
 FEW_KEPT = 8  # when filters keep less than one in this many tokens, only those get noise
@@ -73,63 +74,81 @@ def banned_tokens(sequence: SequenceState) -> list[int]:
     return banned
 
 
-def keep_allowed_(logits_V: torch.Tensor, params: SamplingParams) -> None:
-    """Ban all tokens but the allowed ones, when there are such, in place."""
+def held_columns(ids: Iterable[int], first: int, logits_V: torch.Tensor) -> torch.Tensor:
+    """Where the tokens of these ids stand in the logits of the tokens from `first` on; those elsewhere are left out."""
+    held = [token - first for token in ids if 0 <= token - first < len(logits_V)]
+    return torch.tensor(held, dtype=torch.int64, device=logits_V.device)
+
+
+def keep_allowed_(logits_V: torch.Tensor, params: SamplingParams, first: int) -> None:
+    """Ban all tokens but the allowed ones, when there are such, in place. first: the first token of the logits."""
     if params.allowed_token_ids:
-        allowed = torch.tensor(params.allowed_token_ids, device=logits_V.device)
+        allowed = held_columns(params.allowed_token_ids, first, logits_V)
         kept = logits_V[allowed]
         logits_V.fill_(MINUS_INF)
         logits_V[allowed] = kept
 
 
-def edit_row_(logits_V: torch.Tensor, sequence: SequenceState) -> None:
-    """Allowed ids, bad words, min_tokens and logit_bias of one row, in place."""
+def edit_row_(logits_V: torch.Tensor, sequence: SequenceState, first: int) -> None:
+    """Allowed ids, bad words, min_tokens and logit_bias of one row, in place. first: the first token of the logits."""
     params = sequence.sampling
-    keep_allowed_(logits_V, params)
+    keep_allowed_(logits_V, params, first)
     banned = banned_tokens(sequence)
     if banned:
-        logits_V[torch.tensor(banned, device=logits_V.device)] = MINUS_INF
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
-        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+        logits_V[held_columns(banned, first, logits_V)] = MINUS_INF
+    biases = [(token, bias) for token, bias in (params.logit_bias or {}).items() if 0 <= token - first < len(logits_V)]
+    if biases:
+        ids, values = zip(*biases, strict=True)
+        logits_V[held_columns(ids, first, logits_V)] += torch.tensor(values, device=logits_V.device)
 
 
 class Sampler:
-    """Samples the rows of a step. Holds nothing but the counts that penalties need, dropped with their sequence."""
+    """Samples the rows of a step. Holds nothing but the counts that penalties need, dropped with their sequence.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    held: the tokens whose logits it is given; default: the whole vocabulary, which rows that filter need.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, held: Range | None = None) -> None:
         self.vocab_size, self.device = vocab_size, device
+        self.first, self.stop = held or (0, vocab_size)
 
     def __call__(
         self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """One token per row, and its log-probabilities where the request asked for them.
+        """One token of the whole vocabulary per row, and its log-probabilities where the request asked for them.
 
-        logits_RV: [num_rows, vocab_size] float32, overwritten. sequences: the rows' states, their tokens complete up to
-        this position.
+        Arguments as of `best`.
         """
         wanted = [sequence.sampling.logprobs for sequence in sequences]
         raw_RV = logits_RV.clone() if any(count is not None for count in wanted) else logits_RV
-        if on_gpu(logits_RV):
-            tokens_R = self.fused(logits_RV, sequences)
-        else:
-            self.edit_(logits_RV, sequences)
-            tokens_R = self.choose(logits_RV, sequences)
+        _, tokens_R = self.best(logits_RV, sequences)
         return tokens_R.tolist(), logprobs_of(raw_RV, tokens_R, wanted)
 
-    def fused(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-        """What edit_ and choose do, in the Triton kernels: [num_rows] int64."""
+    def best(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best token held of every row: its value (edited logit, or over temperature with noise) [num_rows]
+        float32, not a number or infinite where a logit is not a number; and its id [num_rows] int64.
+
+        logits_RV: [num_rows, tokens held] float32, edited in place. sequences: the rows' states, their tokens complete
+        up to this position.
+        """
+        if on_gpu(logits_RV):
+            return self.fused(logits_RV, sequences)
+        self.edit_(logits_RV, sequences)
+        return self.choose(logits_RV, sequences)
+
+    def fused(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What edit_ and choose do, in the Triton kernels."""
         from shoal.kernels.gpu.sample_rows import RowPenalties, RowSampling, sample_rows
 
         rows = []
         for row, sequence in enumerate(sequences):
             params, penalties = sequence.sampling, None
-            keep_allowed_(logits_RV[row], params)
+            keep_allowed_(logits_RV[row], params, self.first)
             if has_penalties(params):
                 counts = self.counts(sequence)
                 penalties = RowPenalties(
-                    counts.prompt_seen,
-                    counts.output_counts,
+                    counts.prompt_seen[self.first : self.stop],
+                    counts.output_counts[self.first : self.stop],
                     params.presence_penalty,
                     params.frequency_penalty,
                     params.repetition_penalty,
@@ -147,15 +166,15 @@ class Sampler:
                     penalties,
                 )
             )
-        return sample_rows(logits_RV, rows)
+        return sample_rows(logits_RV, rows, self.first)
 
     def edit_(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> None:
         """Masks, biases and penalties, in place."""
         for row, sequence in enumerate(sequences):
             if edits_logits(sequence.sampling, sequence):
-                edit_row_(logits_RV[row], sequence)
+                edit_row_(logits_RV[row], sequence, self.first)
         penalised = [row for row, sequence in enumerate(sequences) if has_penalties(sequence.sampling)]
-        for rows in slices(penalised, self.vocab_size):
+        for rows in slices(penalised, logits_RV.shape[1]):
             self.penalise_(logits_RV, sequences, rows)
 
     def penalise_(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState], rows: list[int]) -> None:
@@ -165,8 +184,8 @@ class Sampler:
         index = torch.tensor(rows, device=self.device)
         logits_RV[index] = apply_penalties_(
             logits_RV[index],
-            torch.stack([count.prompt_seen for count in counts]),
-            torch.stack([count.output_counts for count in counts]),
+            torch.stack([count.prompt_seen[self.first : self.stop] for count in counts]),
+            torch.stack([count.output_counts[self.first : self.stop] for count in counts]),
             self.column([p.presence_penalty for p in params]),
             self.column([p.frequency_penalty for p in params]),
             self.column([p.repetition_penalty for p in params]),
@@ -183,17 +202,18 @@ class Sampler:
         """Per-row numbers as a float32 tensor."""
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-        """Greedy or sampled token ids: [num_rows] int64."""
-        tokens_R = argmax(logits_RV)
+    def choose(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy or sampled: values and ids."""
+        columns_R = argmax(logits_RV)
+        values_R = logits_RV.gather(1, columns_R.unsqueeze(1)).squeeze(1)
         random = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-        for rows in slices(random, self.vocab_size):
+        for rows in slices(random, logits_RV.shape[1]):
             index = torch.tensor(rows, device=self.device)
-            tokens_R[index] = self.sample(logits_RV[index], [sequences[row] for row in rows])
-        return tokens_R
+            values_R[index], columns_R[index] = self.sample(logits_RV[index], [sequences[row] for row in rows])
+        return values_R, columns_R + self.first
 
-    def sample(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-        """The best of logits over temperature, filtered, plus Gumbel noise: [num_rows] int64."""
+    def sample(self, logits_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of logits over temperature, filtered, plus Gumbel noise: values and columns."""
         params = [sequence.sampling for sequence in sequences]
         logits_RV = logits_RV / self.column([p.temperature for p in params]).unsqueeze(1)
         filter_logits_(
@@ -208,11 +228,13 @@ class Sampler:
             torch.tensor([sequence.sample_index for sequence in sequences], device=self.device),
         )
         most_kept = int((logits_RV > MINUS_INF).sum(-1).max())
-        if most_kept * FEW_KEPT >= self.vocab_size or most_kept == 0:
-            return argmax(logits_RV.add_(gumbel_noise(*counter, 0, self.vocab_size)))
-        kept_RK, ids_RK = best_tokens(logits_RV, most_kept)
-        noisy_RK = kept_RK.add_(gumbel_noise_at(*counter, ids_RK))
-        return ids_RK.gather(1, noisy_RK.argmax(-1, keepdim=True)).squeeze(1)
+        if most_kept * FEW_KEPT >= logits_RV.shape[1] or most_kept == 0:
+            best_R1 = argmax(logits_RV.add_(gumbel_noise(*counter, self.first, self.stop))).unsqueeze(1)
+            return logits_RV.gather(1, best_R1).squeeze(1), best_R1.squeeze(1)
+        kept_RK, columns_RK = best_tokens(logits_RV, most_kept)
+        noisy_RK = kept_RK.add_(gumbel_noise_at(*counter, columns_RK + self.first))
+        best_R1 = noisy_RK.argmax(-1, keepdim=True)
+        return noisy_RK.gather(1, best_R1).squeeze(1), columns_RK.gather(1, best_R1).squeeze(1)
 
 
 def logprobs_of(

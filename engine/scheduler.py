@@ -72,6 +72,11 @@ class Scheduler:
         self._preempted_ids: list[str] = []
         self._refused: Sequence | None = None  # did not fit; asked again only when a sequence has left the running set
 
+    @property
+    def short_of_blocks(self) -> bool:
+        """Whether the first in the queue waits for blocks, and not for a seat."""
+        return self._refused is not None
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, new or preempted, at its place."""
         seq.status = Status.WAITING

@@ -3,6 +3,7 @@
 from shoal.configs.schema import SchedulerConfig
 from shoal.engine.cost_model import CostModel, StepLoad
 
+SLICES = 4  # steps per stage that what is left of the prompts is divided into: a pipeline fills and drains by slices
 MIN_SLICE = 64  # prompt tokens below which slicing for a pipeline costs more than its stages gain
 MIN_PREFILL = (
     16  # prompt tokens a step may take even when decoding alone exceeds the inter-token limit: prompts must not starve
@@ -40,7 +41,8 @@ class StepBudget:
                 self._limit_s = config.inter_token_limit_s / max_in_flight  # every plan in flight delays the others
         if max_in_flight > 1:
             self._decode_cost = decode_cost / max_in_flight * (1 - 1e-9)
-            self._prefill = min(self._prefill, max(MIN_SLICE, -(-outstanding_prefill // max_in_flight)))
+            least = max(MIN_SLICE, cost.tokens_worth_a_step())
+            self._prefill = min(self._prefill, max(least, -(-outstanding_prefill // (SLICES * max_in_flight))))
 
     def has_room_for_decode(self) -> bool:
         """Whether the step may take a further decode row."""

@@ -16,16 +16,17 @@ import torch
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, SequenceState
+from shoal.engine.choosing import TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
-from shoal.engine.sampler import Sampler, logprobs_of
 from shoal.kernels.build import native_library
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
 from shoal.model.families import load_spec
 from shoal.model.kv_cache import KVCache
-from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
+from shoal.model.kv_scales import read_kv_scales
 from shoal.model.ledger import MemoryReport
 from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, sampling_bytes
 from shoal.model.parameters import head_is_shared
@@ -57,7 +58,6 @@ class Worker:
             use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.state = self.new_state()
-        self.sampler = Sampler(spec.vocab_size, device)
         self.sampled: OrderedDict[tuple[int, int], int] = OrderedDict()
 
     def new_state(self) -> BatchState:
@@ -67,6 +67,7 @@ class Worker:
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
         and tensor."""
+        self.kv_scales: dict[int, tuple[float, float]] = {}
         if self.config.model.load_format == "dummy":
             weights = dummy_parameters(self.spec, self.shard, self.dtype, self.device, self.config.runtime.seed or 0)
         else:
@@ -76,6 +77,8 @@ class Worker:
                 weights = load_parameters(
                     checkpoint, family, self.spec, self.shard, self.dtype, self.device, on_progress
                 )
+                if self.config.cache.dtype == "fp8":
+                    self.kv_scales = read_kv_scales(checkpoint.tensors)
         library = native_library() if self.device.type == "cpu" else None
         weights = prepare_weights(weights, library, head_is_shared=head_is_shared(self.spec, self.shard))
         self.weights_bytes = sum(map(num_bytes, weights.values()))
@@ -87,6 +90,7 @@ class Worker:
             deterministic=self.config.runtime.deterministic,
             max_model_len=self.config.model.max_model_len,
         )
+        self.chooser = TokenChooser(self.stage, self.mesh.tensor)
 
     def on_layer(self, tick: Callable[[], None]) -> None:
         """Have `tick` called after every layer of a step. The weights must have been loaded."""
@@ -111,12 +115,19 @@ class Worker:
             weights_bytes=self.weights_bytes,
             activation_bytes=max(int(meter.peak_bytes * scale), sampling),
             available_bytes=available_bytes(self.device) + self.weights_bytes,
-            block_bytes=kv_bytes_per_block(self.spec, self.shard, self.config.cache.block_size, self.dtype.itemsize),
+            block_bytes=kv_bytes_per_block(
+                self.spec,
+                self.shard,
+                self.config.cache.block_size,
+                kv_itemsize(self.config.cache.dtype, self.dtype.itemsize),
+            ),
         )
 
     def allocate_cache(self, num_blocks: list[int]) -> None:
         """Make the paged cache: num_blocks of every cache group."""
-        self.cache = KVCache(self.spec, self.shard, num_blocks, self.config.cache.block_size, self.dtype, self.device)
+        dtype = torch.float8_e4m3fn if self.config.cache.dtype == "fp8" else self.dtype
+        block_size = self.config.cache.block_size
+        self.cache = KVCache(self.spec, self.shard, num_blocks, block_size, dtype, self.device, self.kv_scales)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
@@ -170,14 +181,11 @@ class Worker:
         errors: dict[int, str] = {}
         if sampling:
             last = torch.tensor([stops[index] - 1 for index in sampling], device=self.device)
-            logits_RV = self.stage.logits(hidden_TH[last])
-            if self.samples:
-                chosen, scores = self.sampler(logits_RV, [sequences[index] for index in sampling])
-                picked = logits_RV[torch.arange(len(chosen)), torch.tensor(chosen)]
-                for index, token, score, fine in zip(sampling, chosen, scores, picked.isfinite().tolist(), strict=True):
-                    tokens[index], logprobs[index] = token, score
-                    if not fine:
-                        errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
+            choices = self.chooser(hidden_TH[last], [sequences[index] for index in sampling])
+            for index, choice in zip(sampling, choices if self.samples else [], strict=self.samples):
+                tokens[index], logprobs[index] = choice.token, choice.logprobs
+                if not choice.finite:
+                    errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
         if not self.samples:
             return None
         self.remember(plan.step, tokens)
@@ -206,12 +214,8 @@ class Worker:
         found: list[TokenLogprobs] = []
         for start in range(first, last, PROMPT_LOGPROB_ROWS):
             end = min(start + PROMPT_LOGPROB_ROWS, last)
-            logits_RV = self.stage.logits(hidden_TH[offset + start : offset + end])
-            if self.samples:
-                targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=self.device)
-                found += [
-                    entry for entry in logprobs_of(logits_RV, targets, [count] * (end - start)) if entry is not None
-                ]
+            hidden_RH, targets = hidden_TH[offset + start : offset + end], sequence.token_ids[start + 1 : end + 1]
+            found += [entry for entry in self.chooser.scores(hidden_RH, targets, count) if entry is not None]
         return found if self.samples else None
 
     def remember(self, step: int, tokens: dict[int, int]) -> None:
@@ -224,7 +228,7 @@ class Worker:
     def close(self) -> None:
         """Give back the mesh and the memory."""
         self.mesh.close()
-        self.cache = self.stage = None  # type: ignore[assignment]
+        self.cache = self.stage = self.chooser = None  # type: ignore[assignment]
 
 
 def use_gpu(device: torch.device) -> None:

@@ -22,9 +22,10 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -279,7 +280,24 @@ def _objects(command: list[str], version: str, sources: list[Path], folder: Path
         return path
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(one, sources))
+        return list(_counted(pool.map(one, sources), len(sources)))
+
+
+def _counted(paths: Iterable[Path], total: int) -> Iterator[Path]:
+    """The same paths; a line on standard error counts them where that is a terminal, and is gone at the end."""
+    shown = sys.stderr.isatty()
+
+    def tell(text: str) -> None:
+        if shown:
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        tell("building the C kernels, once for this machine")
+        for done, path in enumerate(paths, start=1):
+            tell(f"building the C kernels, once for this machine: {done} of {total}")
+            yield path
+    finally:
+        tell("")
 
 
 def _run(command: list[str], timeout_s: float) -> None:

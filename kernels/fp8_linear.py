@@ -94,7 +94,7 @@ def fp8_linear(
     codes, scales = quantize_rows(x, grouped=weight.blocked)
     if not on_gpu(x):
         return fp8_linear_reference(codes, scales, weight, bias).to(x.dtype)
-    if not deterministic and takes_scaled_mm(codes, weight):
+    if not deterministic and x.dtype != torch.float32 and takes_scaled_mm(codes, weight):
         return scaled_mm(codes, scales, weight, bias, x.dtype)
     from shoal.kernels.gpu.linear import launch_linear
 

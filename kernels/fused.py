@@ -1,11 +1,13 @@
 """The two halves of a decoder layer in one call of C each: norm, projection, head norms, rotary positions, cache,
-attention, output; and norm, up, activation, down. What they compute, to the bit, is what the single operations give one
-after the other; what they save is a crossing from Python into C and a start of threads for each of them.
+attention, output; and norm, up, activation, down. And whole layers, where nobody has to be asked in between. What they
+compute, to the bit, is what the single operations give one after the other; what they save is a crossing from Python
+into C and a start of threads for each of them.
 
 For CPUs, prepared weights (kernels/weight.py) and RMSNorm. Shapes: T tokens, H hidden size, R rotary_dim.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from shoal.kernels.weight import NativeWeight, PreparedWeight
 
 _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT)
 _FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT)
+_LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT)
 
 
 class FusedNorm(NamedTuple):
@@ -63,6 +66,19 @@ class NativeFeedForward(ctypes.Structure):
         ("down", NativeWeight),
         ("kind", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+    )
+
+
+class NativeLayer(ctypes.Structure):
+    """Mirror of Layer there."""
+
+    _fields_ = (
+        ("mixer", POINTER),
+        ("feed_forward", POINTER),
+        ("k_cache", POINTER),
+        ("v_cache", POINTER),
+        ("step", INT64),
+        ("rotation", INT64),
     )
 
 
@@ -130,6 +146,7 @@ class FusedMixer:
         assert q_to_kv.dtype == torch.int32 and (sinks is None or sinks.dtype == torch.float32)
         self.kept = (norm, q_norm, k_norm, qkv, qkv_bias, out, sinks, q_to_kv)  # the struct below points into them
         self.scratch_width, self.rotary_dim = qkv.shape[1] + qkv.shape[0] + out.shape[1], rotary_dim
+        self.weight_bytes = qkv.nbytes + out.nbytes
         self.native = NativeMixer(
             native_norm(norm, qkv.dtype), native_norm(q_norm, qkv.dtype), native_norm(k_norm, qkv.dtype),
             with_bias(qkv, qkv_bias), out.native, q_to_kv.data_ptr(), None if sinks is None else sinks.data_ptr(),
@@ -177,7 +194,7 @@ class FusedFeedForward:
         gated = up.shape[0] == 2 * down.shape[1]
         assert (gated or up.shape[0] == down.shape[1]) and up.dtype == down.dtype, (up.shape, down.shape)
         self.kept = (norm, up, up_bias, down)
-        self.scratch_width = up.shape[1] + up.shape[0] + down.shape[1]
+        self.scratch_width, self.weight_bytes = up.shape[1] + up.shape[0] + down.shape[1], up.nbytes + down.nbytes
         self.native = NativeFeedForward(
             native_norm(norm, up.dtype), with_bias(up, up_bias), down.native, KINDS[kind], gated
         )
@@ -192,6 +209,61 @@ class FusedFeedForward:
             self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), torch.get_num_threads()
         )
         return out_TH
+
+
+class FusedLayer(NamedTuple):
+    """A layer for FusedLayers. keys, values: its caches; group, rotation: its place in `steps` and `cos_sins`; rotation
+    None: no rotary positions.
+    """
+
+    mixer: FusedMixer
+    feed_forward: FusedFeedForward
+    keys: torch.Tensor
+    values: torch.Tensor
+    group: int
+    rotation: int | None
+
+
+class FusedLayers:
+    """Consecutive layers x + mixer(norm(x)), x + feed_forward(norm(x)) of one rank alone."""
+
+    def __init__(self, library: NativeLibrary, layers: Sequence[FusedLayer]) -> None:
+        self.kept = tuple(layers)  # the structs point into them
+        self.natives = (NativeLayer * len(layers))(
+            *(
+                NativeLayer(
+                    layer.mixer.address, layer.feed_forward.address, layer.keys.data_ptr(), layer.values.data_ptr(),
+                    layer.group, -1 if layer.rotation is None else layer.rotation,
+                )
+                for layer in layers
+            )
+        )  # fmt: skip
+        self.scratch_width = max(max(layer.mixer.scratch_width, layer.feed_forward.scratch_width) for layer in layers)
+        self.call = library.function("shoal_fused_layers", _LAYERS, INT)
+
+    def __call__(
+        self,
+        x_TH: torch.Tensor,
+        branch_TH: torch.Tensor | None,
+        cos_sins: Sequence[torch.Tensor],
+        steps: Sequence[NativeStep],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layers of x + branch (None: of x alone): (x, branch), both [T, H], whose sum is the residual stream. What
+        is given is overwritten. cos_sins: [T, R] float32 each, by rotation; steps: by group. Raises MemoryError.
+        """
+        out_TH = torch.empty_like(x_TH) if branch_TH is None else branch_TH
+        assert x_TH.is_contiguous() and out_TH.is_contiguous()
+        scratch = x_TH.new_empty(len(x_TH) * self.scratch_width)
+        step_pointers = (POINTER * len(steps))(*map(ctypes.addressof, steps))
+        tables = (POINTER * len(cos_sins))(*(table.data_ptr() for table in cos_sins))
+        status = self.call(
+            ctypes.addressof(self.natives), len(self.natives),
+            ctypes.addressof(step_pointers), ctypes.addressof(tables),
+            x_TH.data_ptr(), out_TH.data_ptr(), branch_TH is not None, scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if status:
+            raise MemoryError(f"no memory for the scratch of attention over {len(x_TH)} tokens")
+        return x_TH, out_TH
 
 
 def native_norm(norm: FusedNorm | None, dtype: torch.dtype) -> NativeNorm:

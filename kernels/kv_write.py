@@ -3,6 +3,7 @@
 import torch
 
 from shoal.kernels.build import native_library
+from shoal.kernels.fp8_linear import to_codes
 from shoal.kernels.native_types import INT64, POINTER
 
 _PROTOTYPE = (POINTER, INT64, POINTER, INT64, POINTER, POINTER, POINTER, INT64, INT64)
@@ -28,13 +29,22 @@ def kv_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping_T: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Scatter into the caches in place.
 
     keys, values: [num_tokens, num_kv_heads, head_dim], the last two dimensions contiguous (a slice of the fused
-    projection will do); caches: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, of the same dtype;
-    slot_mapping: [num_tokens] int64, block * block_size + offset, all different.
+    projection will do); caches: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, of the same dtype, or
+    float8_e4m3fn with kv_scales, [num_kv_heads] float32 of keys and of values, by which they are divided; slot_mapping:
+    [num_tokens] int64, block * block_size + offset, all different.
     """
+    if kv_scales is not None:
+        assert k_cache.dtype == v_cache.dtype == torch.float8_e4m3fn
+        keys_TKD, values_TKD = (
+            to_codes(x.float() / scale[:, None]).view(torch.uint8)
+            for x, scale in zip((keys_TKD, values_TKD), kv_scales, strict=True)
+        )
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and keys_TKD.dtype == values_TKD.dtype == k_cache.dtype
     num_tokens, num_kv_heads, head_dim = keys_TKD.shape
     library = native_library() if keys_TKD.is_cpu else None

@@ -36,7 +36,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *,
     """
     rows = x.shape[:-1].numel()
     if isinstance(weight, PreparedWeight):
-        return weight.multiply(x.reshape(rows, x.shape[-1]), bias).view(*x.shape[:-1], weight.shape[0])
+        y_MN = weight.multiply(x.reshape(rows, x.shape[-1]), bias, deterministic=deterministic)
+        return y_MN.view(*x.shape[:-1], weight.shape[0])
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         theirs = "none" if bias is None else bias.dtype
         raise ValueError(f"linear needs one dtype; x is {x.dtype}, weight {weight.dtype}, bias {theirs}")

@@ -12,13 +12,20 @@ def quantize_groups(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     """Weights. values: [..., GROUP] float32, finite. Returns codes [..., GROUP] int8 and scales [...] bfloat16."""
     low, high = values.aminmax(dim=-1)
     if bits == 8:
-        scale = torch.maximum(-low, high) / 127
+        most = torch.maximum(-low, high)
+        scale = most / torch.full_like(most, 127)  # a true quotient: torch on GPUs multiplies by 1 / number
     else:
         scale = torch.where(-low >= high, low, high) / -8
     scale = torch.where(scale.abs() > SMALLEST, scale, 0).bfloat16()
     inverse = torch.where(scale == 0, 0, 1 / scale.float()).unsqueeze(-1)
     limit = (-127, 127) if bits == 8 else (-8, 7)
     return (values * inverse).round_().clamp_(*limit).to(torch.int8), scale
+
+
+def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits in plain order: int8 [..., inputs], inputs even, as uint8 [..., inputs / 2]."""
+    pairs = (codes + 8).view(torch.uint8).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def quantize_rows(x: torch.Tensor, lead: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ int8: codes -127 to 127; scale = max |w| / 127. int4: codes -8 to 7; scale = w a
 one is met exactly whatever its sign. Scales are bfloat16, and codes are rounded (half to even) with the rounded scale.
 A group of zeros has scale 0. Stored: codes as unsigned bytes code + 128, or two nibbles code + 8.
 
-Plain order (`QuantizedWeight.plain`), for Triton and other kernels that index: codes int8 [columns, padded inner], or
+Plain order (kernels/plain_weight.py), in memory on GPUs, for kernels that index: codes int8 [columns, padded inner], or
 for int4 uint8 [columns, padded inner / 2] with input 2 i in the low and 2 i + 1 in the high nibble of byte i, plus 8;
 scales [columns, groups]. Blocked order, in memory on CPUs, for dot products of four bytes: columns in blocks of BLOCK,
 blocks one after the other, padded; codes [blocks, groups, 8, BLOCK, 4]: eight times four inputs of BLOCK columns, for
@@ -28,7 +28,7 @@ def padded_groups(inner: int, lead: int) -> int:
     return -(-(lead + inner) // GROUP)
 
 
-def quantized_bytes(columns: int, inner: int, lead: int, bits: int) -> int:
-    """Bytes of one weight [columns, inner] with codes of `bits` bits, padding included."""
-    blocks = -(-columns // BLOCK)
-    return blocks * padded_groups(inner, lead) * BLOCK * (GROUP * bits // 8 + SCALE_BYTES)
+def quantized_bytes(columns: int, inner: int, lead: int, bits: int, *, blocked: bool = True) -> int:
+    """Bytes of one weight [columns, inner] with codes of `bits` bits, padding included; in blocked or plain order."""
+    stored = -(-columns // BLOCK) * BLOCK if blocked else columns
+    return stored * padded_groups(inner, lead) * (GROUP * bits // 8 + SCALE_BYTES)

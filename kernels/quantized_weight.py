@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from shoal.kernels.build import native_library
 from shoal.kernels.native_types import DTYPE_CODES
-from shoal.kernels.quantize import quantize_groups, quantize_rows
+from shoal.kernels.quantize import pack_pairs, quantize_groups, quantize_rows
 from shoal.kernels.quantized_format import BLOCK, GROUP, padded_groups
-from shoal.kernels.weight import NativeWeight, PreparedWeight
+from shoal.kernels.weight import NativeWeight, RoundedWeight
 
 KINDS = {8: 1, 4: 2}  # kernels/native/weight.h
 ZERO = {8: 128, 4: 8}  # what is added to codes when they are stored
@@ -23,7 +23,7 @@ BLOCK_ROWS = 16  # rows per product without the C kernel: one shape, one order o
 SLAB_ELEMENTS = 1 << 22  # weights made floats at once without the C kernel
 
 
-class QuantizedWeight(PreparedWeight):
+class QuantizedWeight(RoundedWeight):
     """A weight [columns, inner], or a stack of them [count, columns, inner], of `bits` (8 or 4) bits, in blocked order.
 
     dtype: of activations. lead: inputs of the first group before the first one held. codes: uint8 [(count,) blocks,
@@ -55,7 +55,7 @@ class QuantizedWeight(PreparedWeight):
             self.native = NativeWeight(KINDS[bits], DTYPE_CODES[dtype], columns, inner, lead, *pointers)
 
     def unstacked(self) -> list["QuantizedWeight"]:
-        """The weights of a stack, sharing its memory."""
+        """See RoundedWeight."""
         assert len(self.shape) == 3, self.shape
         pairs = zip(self.codes, self.scales, strict=True)
         return [
@@ -69,10 +69,10 @@ class QuantizedWeight(PreparedWeight):
         memory = self.codes[blocks], self.scales[blocks]
         return QuantizedWeight((stop - first, self.shape[1]), self.bits, self.lead, dtype=self.dtype, memory=memory)
 
-    def multiply(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def multiply(self, x_MK: torch.Tensor, bias: torch.Tensor | None, *, deterministic: bool) -> torch.Tensor:
         """See PreparedWeight."""
         if self._library is not None:
-            return super().multiply(x_MK, bias)
+            return super().multiply(x_MK, bias, deterministic=deterministic)
         self.check(x_MK, bias)
         return self._multiply_floats(x_MK, bias)
 
@@ -93,11 +93,7 @@ class QuantizedWeight(PreparedWeight):
         return y_MN[: len(x_MK)]
 
     def put(self, first: int, values: torch.Tensor) -> None:
-        """Quantise columns [first, first + count) of one weight.
-
-        values: [count, lead + inner up to the end of the last group, or of the whole weight], any float type: whole
-        groups, so that the scales are those of the whole weight.
-        """
+        """See RoundedWeight."""
         assert len(self.shape) == 2, self.shape
         groups = self.codes.shape[1]
         missing = groups * GROUP - values.shape[1]
@@ -119,8 +115,7 @@ class QuantizedWeight(PreparedWeight):
         """Codes and scales in plain order, padded to whole groups."""
         codes = self.int_codes()
         if self.bits == 4:
-            pairs = (codes + ZERO[4]).view(torch.uint8).unflatten(-1, (-1, 2))
-            codes = pairs[..., 0] | (pairs[..., 1] << 4)
+            codes = pack_pairs(codes)
         return codes, self.plain_scales().contiguous()
 
     def plain_scales(self) -> torch.Tensor:

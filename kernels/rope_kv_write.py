@@ -45,18 +45,21 @@ def rope_kv_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping_T: torch.Tensor,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Queries normed and rotated in place; keys, so treated, and values written to the caches.
 
     heads: [num_tokens, num_heads + 2 num_kv_heads, head_dim], queries, keys, values, the last two dimensions
     contiguous; the keys in it are undefined afterwards. norm: None for none. cos_sin: as rope_ takes it, None for no
-    rotary positions. caches, slot_mapping: as kv_write takes them.
+    rotary positions. caches, slot_mapping, kv_scales: as kv_write takes them.
     """
     num_kv_heads = (heads_TGD.shape[1] - num_heads) // 2
     if on_gpu(heads_TGD):
         from shoal.kernels.gpu.rope_kv_write import launch_rope_kv_write
 
-        launch_rope_kv_write(heads_TGD, num_heads, num_kv_heads, norm, cos_sin_TR, k_cache, v_cache, slot_mapping_T)
+        launch_rope_kv_write(
+            heads_TGD, num_heads, num_kv_heads, norm, cos_sin_TR, k_cache, v_cache, slot_mapping_T, kv_scales
+        )
         return
     q_TQD, k_TKD, v_TKD = heads_TGD.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
     if norm is not None:
@@ -64,4 +67,4 @@ def rope_kv_write(
         norm.normalize_(k_TKD, norm.k_weight, norm.k_bias)
     if cos_sin_TR is not None:
         rope_(heads_TGD[:, : num_heads + num_kv_heads], cos_sin_TR)
-    kv_write(k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T)
+    kv_write(k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T, kv_scales)

@@ -9,6 +9,7 @@ Products have one order of sums per element whatever the rows, so they serve det
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -49,10 +50,11 @@ class PreparedWeight(ABC):
     def __init__(self, library: NativeLibrary) -> None:
         self._multiply = library.function("shoal_multiply", _MULTIPLY)
 
-    def multiply(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x w^T + bias, a new [rows, columns]. x: [rows, inner] on the CPU; bias: [columns], contiguous.
+    def multiply(self, x_MK: torch.Tensor, bias: torch.Tensor | None, *, deterministic: bool) -> torch.Tensor:
+        """x w^T + bias, a new [rows, columns]. x: [rows, inner] on the weight's device; bias: [columns], contiguous.
 
-        Raises ValueError when dtypes differ.
+        deterministic: a row's sums have one order whatever the other rows (in C they have always). Raises ValueError
+        when dtypes differ.
         """
         self.check(x_MK, bias)
         if x_MK.stride(1) != 1:
@@ -77,6 +79,24 @@ class PreparedWeight(ABC):
 
 
 Weight = torch.Tensor | PreparedWeight
+
+
+class RoundedWeight(PreparedWeight):
+    """A weight [columns, inner] of fewer bits, or a stack of them [count, columns, inner], made zero and filled slab by
+    slab while float values arrive.
+    """
+
+    @abstractmethod
+    def put(self, first: int, values: torch.Tensor) -> None:
+        """Round columns [first, first + count) of one weight.
+
+        values: [count, inputs], any float type, any device: from the beginning of the group that the first input held
+        lies in to the end of that of the last, or of the whole weight; so that scales are those of the whole weight.
+        """
+
+    @abstractmethod
+    def unstacked(self) -> "Sequence[RoundedWeight]":
+        """The weights of a stack, sharing its memory."""
 
 
 class PackedWeight(PreparedWeight):

@@ -23,18 +23,21 @@ from shoal.parallel.control_connect import connect
 CONNECT_TIMEOUT_S = 10.0
 READY_TIMEOUT_S = 10.0
 RETRY_S = 0.25
-RENEW_INTERVAL_S = 0.5
+RENEWALS = 5  # in the time of a lease
 CLOSE_TIMEOUT_S = 2.0
 
 
 class Door(Message, frozen=True, kw_only=True):
-    """Where a controller takes front ends. checkpoint: digest of the checkpoint it runs."""
+    """Where a controller takes front ends. checkpoint: digest of the checkpoint it runs. lease_s: a front end that is
+    not heard for so long loses what it asked for.
+    """
 
     address: str
     key: bytes
     vocab_size: int
     max_model_len: int
     checkpoint: str
+    lease_s: float
 
 
 class NotYet(Message, frozen=True, kw_only=True):
@@ -98,15 +101,15 @@ class AttachedReplica(ReplicaHandle):
         self.client = self._client = ReplicaClient(
             self._channel, where=f"{self._name}: ", silence_s=self._silence_s, explain=self._explain, stop=self.stop
         )
-        self._renewing = asyncio.create_task(self._renew(self._channel))
+        self._renewing = asyncio.create_task(self._renew(self._channel, door.lease_s / RENEWALS))
         return ready
 
     @staticmethod
-    async def _renew(channel: "AsyncChannel[FromEngine]") -> None:
+    async def _renew(channel: "AsyncChannel[FromEngine]", interval_s: float) -> None:
         """Let the controller know that this front end lives, as long as there is a connection."""
         while channel.error is None:
             channel.post(Renew())
-            await asyncio.sleep(RENEW_INTERVAL_S)
+            await asyncio.sleep(interval_s)
 
     @staticmethod
     async def _explain() -> str:
@@ -117,6 +120,11 @@ class AttachedReplica(ReplicaHandle):
         """From the controller's silence or hangup."""
         assert self._client is not None, "it was ready"
         return await self._client.failed()
+
+    def watch_accepted(self, on_accepted: Callable[[str], None]) -> None:
+        """From the controller's messages."""
+        assert self._client is not None, "it was ready"
+        self._client.on_accepted = on_accepted
 
     async def stop(self) -> None:
         """Leave; the controller goes on."""

@@ -7,40 +7,69 @@ torn line, which is cut off. A lock keeps a second batch out of the same file.
 import fcntl
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from shoal.launcher.batch_format import BatchLine, parse_line
 
 MAX_SHOWN = 20
 
 
-def read_batch(name: str, model_names: tuple[str, ...]) -> list[BatchLine]:
-    """The lines of a batch. Raises ValueError with file and line of every mistake that leaves no id to answer under
-    (the first 20), and of an id given twice.
-    """
-    found: dict[str, tuple[int, BatchLine]] = {}
-    mistakes = []
-    for number, text in _numbered(name):
+class BatchInput:
+    """The lines of a batch, which stay in the file. ids: their custom_ids, in order."""
+
+    def __init__(self, name: str, model_names: tuple[str, ...]) -> None:
+        """Check every line. model_names: what `model` may say. Raises ValueError with file and line of every mistake
+        that leaves no id to answer under (the first 20), and of an id given twice.
+        """
+        self.name, self._model_names = name, model_names
+        self._file = _open(name)
+        first: dict[str, int] = {}
+        mistakes = []
+        for number, text in self._numbered():
+            try:
+                custom_id = parse_line(text, model_names).custom_id
+                if custom_id in first:
+                    raise ValueError(f"custom_id {custom_id!r} was given in line {first[custom_id]} already")
+                first[custom_id] = number
+            except ValueError as error:
+                mistakes.append(f"{name}:{number}: {error}")
+        if mistakes:
+            more = len(mistakes) - MAX_SHOWN
+            raise ValueError("\n".join(mistakes[:MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
+        if not first:
+            raise ValueError(f"{name}: holds no request")
+        self.ids = list(first)
+
+    def lines(self) -> Iterator[BatchLine]:
+        """The lines, read as they are asked for."""
+        for _, text in self._numbered():
+            yield parse_line(text, self._model_names)
+
+    def _numbered(self) -> Iterator[tuple[int, str]]:
         try:
-            line = parse_line(text, model_names)
-            if line.custom_id in found:
-                raise ValueError(f"custom_id {line.custom_id!r} was given in line {found[line.custom_id][0]} already")
-            found[line.custom_id] = (number, line)
-        except ValueError as error:
-            mistakes.append(f"{name}:{number}: {error}")
-    if mistakes:
-        more = len(mistakes) - MAX_SHOWN
-        raise ValueError("\n".join(mistakes[:MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
-    if not found:
-        raise ValueError(f"{name}: holds no request")
-    return [line for _, line in found.values()]
+            self._file.seek(0)
+            yield from ((number, line) for number, line in enumerate(self._file, 1) if line.strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.name}: is not UTF-8: {error.reason} at byte {error.start}") from error
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
 
 
-def _numbered(name: str) -> Iterator[tuple[int, str]]:
+def _open(name: str) -> TextIO:
+    """The file; a copy of what can be read only once (a pipe). Raises ValueError."""
     try:
-        with open(name, encoding="utf-8-sig") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        file = open(name, encoding="utf-8-sig")  # noqa: SIM115 - read twice
+        if file.seekable():
+            return file
+        with file:
+            copy = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - likewise
+            shutil.copyfileobj(file, copy)
+            return copy
     except OSError as error:
         raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

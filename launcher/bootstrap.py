@@ -29,6 +29,7 @@ class Model(Message, frozen=True, kw_only=True):
 
 class RankBootstrap(Message, frozen=True, kw_only=True):
     """One rank. rank: within its replica. device: "cpu" or "cuda:N". address, key: of its engine's control channel.
+    cores: those it keeps to; none: any.
 
     config_fingerprint: made by `fingerprint` where the settings were read, and compared by the engine.
     """
@@ -41,12 +42,14 @@ class RankBootstrap(Message, frozen=True, kw_only=True):
     address: str
     key: bytes
     config_fingerprint: str
+    cores: tuple[int, ...] = ()
 
 
 class EngineBootstrap(Message, frozen=True, kw_only=True):
     """One replica's engine.
 
-    shards: of every rank. devices: of the ranks it starts itself, by rank; the others connect from elsewhere.
+    shards: of every rank. devices: of the ranks it starts itself, by rank; the others connect from elsewhere. cores: of
+    those among them that keep to some.
     ranks_per_device: ranks, of all replicas, that share one device's memory.
     grace_s: seconds it keeps its ranks without a front end, for another to take over; 0 ends with the first one.
     hosts: what the launcher calls the host of each rank; where it says nothing, ranks name their hosts themselves.
@@ -65,6 +68,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     listen_host: str | None = None
     grace_s: float = 0.0
     hosts: dict[int, str] = msgspec.field(default_factory=dict)
+    cores: dict[int, tuple[int, ...]] = msgspec.field(default_factory=dict)
 
 
 RANK_BOOTSTRAP: "msgspec.msgpack.Decoder[RankBootstrap]" = msgspec.msgpack.Decoder(RankBootstrap)

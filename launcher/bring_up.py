@@ -10,8 +10,9 @@ import logging
 import os
 from pathlib import Path
 
-from shoal.configs.resolved import DEFAULT, ResolvedConfig
+from shoal.configs.resolved import ResolvedConfig
 from shoal.configs.schema import RuntimeConfig
+from shoal.launcher.idle_settings import CONTROLLER, check_idle
 from shoal.launcher.kinds import choose_launcher
 from shoal.launcher.replica import Progress
 from shoal.launcher.started import StartedEngine
@@ -19,9 +20,7 @@ from shoal.model.checkpoint_files import check_headers, verify_checksums
 from shoal.model.families import load_spec
 from shoal.model.shard import shard_model
 
-CONTROLLER_KEYS = tuple(f"launcher.{name}" for name in ("hang_timeout_s", "routing", "load_factor", "max_restarts"))
-
-logger = logging.getLogger("shoal")
+NO_CONTROLLER = "one rank in this process has no controller; launcher.kind = local has one"
 
 
 async def start_engine(
@@ -49,7 +48,7 @@ async def start_engine(
         case "inprocess":
             from shoal.launcher.inprocess import start_inprocess
 
-            _warn_of_idle_settings(resolved)
+            check_idle(resolved, CONTROLLER, NO_CONTROLLER, refuse=False)  # the layout is a matter of one flag
             return await start_inprocess(config, spec, model_dir)
         case "local":
             from shoal.launcher.local_start import start_local
@@ -63,15 +62,3 @@ async def start_engine(
             from shoal.launcher.ray_start import start_ray
 
             return await start_ray(config, spec, model_dir, on_progress)
-
-
-def _warn_of_idle_settings(resolved: ResolvedConfig) -> None:
-    """Say which settings have no effect in this process: a file of settings may serve other layouts as well, so they
-    are no error.
-    """
-    idle = [key for key in CONTROLLER_KEYS if resolved.sources[key] != DEFAULT]
-    if idle:
-        logger.warning(
-            "%s: no effect on one rank in this process, which has no controller; launcher.kind = local has one",
-            ", ".join(idle),
-        )

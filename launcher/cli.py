@@ -19,7 +19,7 @@ from shoal.configs.problems import ConfigError, suggest
 from shoal.configs.resolved import ResolvedConfig
 from shoal.configs.version import VERSION
 from shoal.launcher.arguments import Parser, UsageError, add_model, add_settings, overrides_from, unknown_arguments
-from shoal.launcher.command import Command
+from shoal.launcher.command import EXIT_TERMINATED, Command, Terminated
 from shoal.launcher.commands import COMMANDS
 from shoal.launcher.failure import describe, show_failure, show_traceback
 from shoal.launcher.kinds import is_follower
@@ -27,7 +27,6 @@ from shoal.launcher.kinds import is_follower
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 _DESCRIPTION = """\
 Runs one large language model across many GPUs and processes.
@@ -51,17 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         return _run(arguments)
-    except _Terminated:
+    except Terminated:
         print("shoal: ended by SIGTERM", file=sys.stderr)
         return EXIT_TERMINATED
     except SystemExit as error:  # --help of a command
         return error.code if isinstance(error.code, int) else 0
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-
-
-class _Terminated(SystemExit):
-    """SIGTERM came. No Exception, so that no command mistakes it for a failure, nor for Ctrl-C."""
 
 
 def _run(arguments: list[str]) -> int:
@@ -199,6 +194,8 @@ def _shows_usage() -> bool:
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    """End like Ctrl-C does, running every `finally`; a second SIGTERM does not cut that short."""
+    """End like Ctrl-C does, running every `finally`; a second SIGTERM does not cut that short. Commands that serve take
+    the signal over while they do (`shoal.launcher.draining`).
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated(EXIT_TERMINATED)
+    raise Terminated

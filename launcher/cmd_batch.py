@@ -2,9 +2,9 @@
 
     shoal batch in.jsonl -o out.jsonl --config tp2_dp2 --model demo
 
-Answers are appended as they come, in whatever order; custom_id says which is whose. SIGTERM and Ctrl-C finish what
-runs, at most launcher.drain_timeout_s; a second one ends at once. A line whose replica is far slower than the others
-goes on elsewhere.
+Answers are appended as they come, in whatever order; custom_id says which is whose. Lines are read as there is room for
+them. SIGTERM and Ctrl-C finish what runs, at most launcher.drain_timeout_s; a second one ends at once. A line whose
+replica is far slower than the others goes on elsewhere.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from typing import Any
 
 from shoal.configs.resolved import ResolvedConfig
 from shoal.engine.client import EngineError
-from shoal.launcher.batch_file import AnswerFile, read_batch
+from shoal.launcher.batch_file import AnswerFile, BatchInput
 from shoal.launcher.batch_format import CHAT, BatchLine, answer_line, failure_line, request_name
+from shoal.launcher.command import EXIT_TERMINATED
 from shoal.launcher.controller import Controller
+from shoal.launcher.draining import Drain
 from shoal.launcher.progress import BatchProgress
-from shoal.launcher.session import Session, gather_all, open_session_shown
+from shoal.launcher.session import Session, open_session_shown
 from shoal.launcher.stragglers import Stragglers
 from shoal.server.front_end import PreparedRequest
 from shoal.server.outputs import RequestOutput
-
-EXIT_TERMINATED = 143
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
@@ -33,63 +33,48 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     """
     model = resolved.config.model
     names = tuple(name for name in (model.served_model_name, model.path) if name)
-    lines = read_batch(args.input, names)
-    answers = AnswerFile(args.output)
+    source = BatchInput(args.input, names)
     try:
-        waiting = [line for line in lines if line.custom_id not in answers.done]
-        if len(waiting) < len(lines):
-            print(f"{len(lines) - len(waiting)} of {len(lines)} lines have their answer already", file=sys.stderr)
-        if not waiting:
-            return 0
-        return asyncio.run(_Batch(waiting, answers, resolved, names[0]).run())
+        answers = AnswerFile(args.output)
+        try:
+            left = sum(custom_id not in answers.done for custom_id in source.ids)
+            if left < len(source.ids):
+                print(f"{len(source.ids) - left} of {len(source.ids)} lines have their answer already", file=sys.stderr)
+            return asyncio.run(_Batch(source, answers, resolved, names[0]).run(left)) if left else 0
+        finally:
+            answers.close()
     finally:
-        answers.close()
+        source.close()
 
 
 class _Batch:
-    """One run over the lines that wait. told_to_end: set by the first signal."""
+    """One run over the lines that have no answer yet, which are read as there is room for them."""
 
-    def __init__(self, lines: list[BatchLine], answers: AnswerFile, resolved: ResolvedConfig, model: str) -> None:
-        self._lines, self._answers, self._resolved, self._model = lines, answers, resolved, model
-        self._progress = BatchProgress(len(lines))
-        self._told_to_end = asyncio.Event()
+    def __init__(self, source: BatchInput, answers: AnswerFile, resolved: ResolvedConfig, model: str) -> None:
+        self._source, self._answers, self._resolved, self._model = source, answers, resolved, model
+        self._drain = Drain(resolved.config.launcher.drain_timeout_s, (signal.SIGTERM, signal.SIGINT))
         self._failed = 0
 
-    async def run(self) -> int:
-        """Start the engine, answer, end it."""
-        session = await open_session_shown(self._resolved)
-        work = asyncio.ensure_future(self._answer_all(session))
+    async def run(self, count: int) -> int:
+        """Start the engine, answer `count` lines, end it."""
+        session = await open_session_shown(self._resolved, drains=True)
+        progress = self._progress = BatchProgress(count)
         watcher = asyncio.ensure_future(self._watch(session))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, work)
+        self._drain.listen()
         try:
-            with self._progress:
-                await work
-        except asyncio.CancelledError:
-            if not self._told_to_end.is_set():
-                raise
+            with progress:
+                await self._answer_all(session)
         finally:
             watcher.cancel()
-            await asyncio.gather(watcher, work, return_exceptions=True)
+            await asyncio.gather(watcher, return_exceptions=True)
             await session.close()
-            print(self._progress.summary(), file=sys.stderr)
-        left = sum(line.custom_id not in self._answers.done for line in self._lines)
+            print(progress.summary(), file=sys.stderr)
         if self._failed:
             print(f"{self._failed} lines were answered with an error", file=sys.stderr)
-        if left:
-            print(f"{left} lines have no answer yet: start the same command again", file=sys.stderr)
-        return EXIT_TERMINATED if left else 0
-
-    def _end(self, work: "asyncio.Future[None]") -> None:
-        """The first signal begins no further line and bounds the rest; the second ends now."""
-        if self._told_to_end.is_set():
-            work.cancel()
-            return
-        self._told_to_end.set()
-        limit_s = self._resolved.config.launcher.drain_timeout_s
-        print(f"finishing what runs, at most {limit_s:g} s; once more ends now", file=sys.stderr)
-        asyncio.get_running_loop().call_later(limit_s, work.cancel)
+        if progress.done < count:
+            print(f"{count - progress.done} lines have no answer yet: start the same command again", file=sys.stderr)
+            return EXIT_TERMINATED
+        return 0
 
     async def _watch(self, session: Session) -> None:
         """Move lines off slow replicas, where there are several."""
@@ -98,14 +83,13 @@ class _Batch:
             await Stragglers(client).run()
 
     async def _answer_all(self, session: Session) -> None:
-        limit = asyncio.Semaphore(session.max_in_flight)
+        front_end = session.front_end
 
-        async def answer(line: BatchLine) -> None:
-            async with limit:
-                if not self._told_to_end.is_set():
-                    await self._answer(session, line)
+        def begun(line: BatchLine) -> bool:
+            return any(map(front_end.has_begun, request_ids(line)))
 
-        await gather_all([answer(line) for line in self._lines])
+        lines = (line for line in self._source.lines() if line.custom_id not in self._answers.done)
+        await self._drain.feed(lines, session.window, lambda line: self._answer(session, line), begun)
 
     async def _answer(self, session: Session, line: BatchLine) -> None:
         """Answer one line. Raises EngineError when the engine, and not the line, is at fault."""
@@ -140,10 +124,13 @@ def prepare(session: Session, line: BatchLine, resolved: ResolvedConfig) -> list
     prompts: list[Any] = line.prompts
     if line.messages is not None:
         prompts = [front_end.chat_prompt(line.messages, **line.options)]
-    name = request_name(line.custom_id)
     return [
-        front_end.prepare(
-            prompt, sampling, f"{name}-{index}", priority=line.priority, special_tokens=line.messages is None
-        )
-        for index, prompt in enumerate(prompts)
+        front_end.prepare(prompt, sampling, name, priority=line.priority, special_tokens=line.messages is None)
+        for name, prompt in zip(request_ids(line), prompts, strict=True)
     ]
+
+
+def request_ids(line: BatchLine) -> list[str]:
+    """What the requests of a line are called: one per prompt, of a chat one."""
+    name = request_name(line.custom_id)
+    return [f"{name}-{index}" for index in range(1 if line.messages is not None else len(line.prompts))]

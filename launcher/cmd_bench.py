@@ -20,7 +20,7 @@ from shoal.launcher.bench_workload import Trace, Work, make_workload, run_in_tur
 from shoal.launcher.machine import MachineLimits, measure_limits
 from shoal.launcher.session import Session, open_session
 from shoal.model.families import load_spec
-from shoal.model.parameters import BITS, HEAD_BITS
+from shoal.model.parameters import BITS
 from shoal.model.shard import Quantization, layer_costs
 from shoal.model.spec import DecoderSpec
 
@@ -123,7 +123,9 @@ def touched_bytes(spec: DecoderSpec, itemsize: int, quantization: Quantization) 
     layers, _, head = layer_costs(spec)
     if quantization == "none":
         return itemsize * touched_weights(spec)
+    if quantization == "fp8":
+        return int(sum(layers) + head * itemsize)
     per_weight, per_head_weight = (
-        quantized_bytes(BLOCK, GROUP, 0, bits) / (BLOCK * GROUP) for bits in (BITS[quantization], HEAD_BITS)
+        quantized_bytes(BLOCK, GROUP, 0, BITS[kind]) / (BLOCK * GROUP) for kind in (quantization, "int8")
     )
     return int(sum(layers) * per_weight + head * per_head_weight)

@@ -3,16 +3,20 @@
     shoal chat MODEL
 
 /reset forgets the conversation, /stats says what it holds and how fast the last answer came, /exit or Ctrl-D ends,
-Ctrl-C stops the current answer. Works with lines piped in, one message each.
+Ctrl-C stops the current answer. SIGTERM lets the current answer finish, at most launcher.drain_timeout_s; a second one
+ends at once. Works with lines piped in, one message each.
 """
 
 import argparse
+import os
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from shoal.configs.checks import is_torchrun
 from shoal.configs.resolved import DEFAULT, ResolvedConfig
 from shoal.configs.sampling import SamplingParams
+from shoal.launcher.draining import AnswerDrain
 from shoal.launcher.loop_thread import LoopThread
 from shoal.launcher.session import Session, open_session_shown
 from shoal.server.outputs import RequestOutput
@@ -25,13 +29,18 @@ _HELP = """/reset  forget the conversation
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
-    """Chat until the input ends; returns the exit status 0. Raises ValueError and EngineError."""
+    """Chat until the input ends; returns the exit status 0. Raises ValueError, EngineError, Terminated."""
     _check_sampling(resolved)
     loop = LoopThread("shoal-chat")
     try:
-        session = loop.run(open_session_shown(resolved, lambda tokenizer: _check_template(tokenizer, args.system)))
+        session = loop.run(
+            open_session_shown(resolved, lambda tokenizer: _check_template(tokenizer, args.system), drains=True)
+        )
         try:
-            Chat(loop, session, args.system).talk()
+            drain = AnswerDrain(resolved.config.launcher.drain_timeout_s)
+            if not is_torchrun(os.environ):  # which ends the ranks as well, at once
+                drain.listen()
+            Chat(loop, session, drain, args.system).talk()
         finally:
             loop.run(session.close())
     finally:
@@ -84,6 +93,7 @@ class Chat:
 
     loop: LoopThread
     session: Session
+    drain: AnswerDrain
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     _last: _LastAnswer | None = None
@@ -144,12 +154,14 @@ class Chat:
             stream = front_end.generate(prompt, self._sampling(), special_tokens=False, output_kind="delta")
             with closing(self.loop.iterate(stream)) as outputs:
                 for output in outputs:
+                    self.drain.begun()
                     generated += len(output.outputs[0].token_ids)
                     pieces.append(output.outputs[0].text)
                     print(output.outputs[0].text, end="", flush=True)
         except ValueError as error:
             self.messages.pop()
             print(f"error: {error}\n(/reset begins a new conversation)", file=sys.stderr)
+            self.drain.ended()
             return
         except KeyboardInterrupt:
             print(" [stopped]", end="")
@@ -157,6 +169,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         if output is not None:
             self._last = _LastAnswer(output, generated)
+        self.drain.ended()
 
     def _sampling(self) -> SamplingParams:
         """The settings' parameters; an answer may take the rest of the context unless max_tokens was set."""

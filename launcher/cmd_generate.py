@@ -10,16 +10,20 @@ error.
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, TextIO
 
+from shoal.configs.checks import is_torchrun
 from shoal.configs.resolved import DEFAULT, ResolvedConfig
 from shoal.configs.sampling import SamplingParams
+from shoal.launcher.command import EXIT_TERMINATED
+from shoal.launcher.draining import Drain
 from shoal.launcher.progress import BatchProgress
 from shoal.launcher.prompt_file import PromptLine, read_prompt_file
-from shoal.launcher.session import Session, gather_all, open_session_shown
+from shoal.launcher.session import Session, open_session_shown
 from shoal.server.front_end import PreparedRequest
 from shoal.server.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -28,11 +32,12 @@ DEFAULT_MAX_TOKENS = 256
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
-    """Generate; returns the exit status 0. Raises ValueError and EngineError; an interrupt ends the ranks."""
+    """Generate; returns 0, or 143 when SIGTERM left prompts without their whole output. Raises ValueError and
+    EngineError; an interrupt ends the ranks.
+    """
     lines = _read_lines(args, resolved)
     with _open_output(args.output) as output:
-        asyncio.run(_run(lines, output, resolved))
-    return 0
+        return asyncio.run(_run(lines, output, resolved))
 
 
 def _open_output(name: str | None) -> AbstractContextManager[TextIO | None]:
@@ -60,16 +65,23 @@ def _read_lines(args: argparse.Namespace, resolved: ResolvedConfig) -> list[Prom
     return lines
 
 
-async def _run(lines: list[PromptLine], output: TextIO | None, resolved: ResolvedConfig) -> None:
-    session = await open_session_shown(resolved)
+async def _run(lines: list[PromptLine], output: TextIO | None, resolved: ResolvedConfig) -> int:
+    session = await open_session_shown(resolved, drains=True)
+    drain = Drain(resolved.config.launcher.drain_timeout_s)
     try:
+        if not is_torchrun(os.environ):  # which ends the ranks as well, at once
+            drain.listen()
         requests = [_prepare(session, line, number) for number, line in enumerate(lines)]
         if output is None and len(requests) == 1 and requests[0].sampling.n == 1 and session.front_end.tokenizer:
-            await _stream(session, requests[0])
+            done = await _stream_one(session, requests[0], drain)
         else:
-            await _batch(session, lines, requests, output)
+            done = await _batch(session, lines, requests, output, drain)
     finally:
         await session.close()
+    if done < len(requests):
+        print(f"shoal: ended by SIGTERM, {len(requests) - done} prompts have no output", file=sys.stderr)
+        return EXIT_TERMINATED
+    return 0
 
 
 def _prepare(session: Session, line: PromptLine, number: int) -> PreparedRequest:
@@ -97,6 +109,19 @@ def _sampling(session: Session, changes: dict[str, Any]) -> SamplingParams:
     return session.resolved.sampling_params(**changes)
 
 
+async def _stream_one(session: Session, request: PreparedRequest, drain: Drain) -> int:
+    """Print one output as it comes; how many came to their end."""
+    done = 0
+
+    async def stream(request: PreparedRequest) -> None:
+        nonlocal done
+        await _stream(session, request)
+        done = 1
+
+    await drain.feed([request], 1, stream, lambda request: session.front_end.has_begun(request.request_id))
+    return done
+
+
 async def _stream(session: Session, request: PreparedRequest) -> None:
     """Print one output as it comes."""
     started, generated = time.monotonic(), 0
@@ -111,28 +136,38 @@ async def _stream(session: Session, request: PreparedRequest) -> None:
 
 
 async def _batch(
-    session: Session, lines: list[PromptLine], requests: list[PreparedRequest], output: TextIO | None
-) -> None:
-    """Run all requests at once; write them in the order of the input, each as soon as those before it are done."""
-    limit = asyncio.Semaphore(session.max_in_flight)
+    session: Session,
+    lines: list[PromptLine],
+    requests: list[PreparedRequest],
+    output: TextIO | None,
+    drain: Drain,
+) -> int:
+    """Run the requests; write them in the order of the input, each as soon as those before it are done, or will not
+    be. Returns how many are done.
+    """
     waiting: dict[int, RequestOutput] = {}
     written = 0
     progress = BatchProgress(len(requests))
 
     async def complete(number: int) -> None:
         nonlocal written
-        async with limit:
-            waiting[number] = await session.front_end.complete(requests[number])
+        waiting[number] = await session.front_end.complete(requests[number])
         progress.finished(waiting[number])
         while written in waiting:
             _write(output, lines[written], written, len(requests), waiting.pop(written))
             written += 1
 
+    def begun(number: int) -> bool:
+        return session.front_end.has_begun(requests[number].request_id)
+
     try:
         with progress:
-            await gather_all([complete(number) for number in range(len(requests))])
+            await drain.feed(range(len(requests)), session.window, complete, begun)
+        for number in sorted(waiting):  # after one that was ended
+            _write(output, lines[number], number, len(requests), waiting[number])
     finally:
         print(progress.summary(), file=sys.stderr)
+    return progress.done
 
 
 def _write(output: TextIO | None, line: PromptLine, number: int, total: int, result: RequestOutput) -> None:

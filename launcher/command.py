@@ -4,7 +4,15 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+EXIT_TERMINATED = 143  # by SIGTERM, before everything was done
 ALL_SECTIONS = ("parallel", "model", "cache", "scheduler", "runtime", "launcher")
+
+
+class Terminated(SystemExit):
+    """SIGTERM came. No Exception, so that no command mistakes it for a failure, nor for Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_TERMINATED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

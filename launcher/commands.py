@@ -123,7 +123,8 @@ _GENERATE = Command(
     add_arguments=_add_generate,
     summary="text for prompts from the command line or a file",
     usage="generate MODEL -p TEXT [-p TEXT ...] [-tp N] [-pp N] [-dp N] [flags]",
-    description="Writes what the model says after each prompt. The same --seed on the same layout gives the same text.",
+    description="Writes what the model says after each prompt. The same --seed on the same layout gives the same text. "
+    "\nSIGTERM finishes what runs; a second one ends now.",
     examples=(
         ('shoal generate demo -p "def main("', "the model that comes with Shoal"),
         ('shoal generate ./llama -tp 2 -pp 2 -p "Once" --max-tokens 64', "four processes"),

@@ -11,7 +11,7 @@ emitted; the client sees one stream without a gap or a repeat. docs/failures.md 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from functools import partial
 
 import msgspec
@@ -60,7 +60,7 @@ class Controller(EngineClient):
         self._routing = LeastLoaded() if routing is None else routing
         self._slots: dict[int, ReplicaSlot] = {number: self._slot(number) for number in range(num_replicas)}
         self._dispatch = Dispatch(self._slots, self._routing, options.limits, options.seed, journal)
-        self._scaling = asyncio.Lock()
+        self._scaling, self._changed = asyncio.Lock(), asyncio.Event()
         self._started = time.monotonic()
 
     def _slot(self, number: int) -> ReplicaSlot:
@@ -68,10 +68,12 @@ class Controller(EngineClient):
         return ReplicaSlot(number, self._factory, options.restarts, options.start_timeout_s, self._slot_changed)
 
     def _slot_changed(self, slot: ReplicaSlot) -> None:
+        self._changed.set()
         if not slot.serves:
             self._routing.forget(slot.number)
         if slot.ready and slot.handle is not None:
             slot.handle.watch_cache(partial(self._cache_changed, slot.number))
+            slot.handle.watch_accepted(self._dispatch.accepted)
         if slot.may_serve:
             self._dispatch.wake()
         else:
@@ -81,11 +83,11 @@ class Controller(EngineClient):
         stored, removed = split_keys(changes.stored), split_keys(changes.removed)
         self._routing.cache_changed(number, stored, removed, anew=changes.anew)
 
-    async def start(self, on_progress: Progress | None = None, later: Collection[int] = ()) -> list[Ready]:
-        """Bring the replicas up; what each said, by number. later: those that come up in the background, whose failures
-        are theirs alone. Raises ValueError or EngineError, the first cause, after stopping every replica.
+    async def start(self, on_progress: Progress | None = None) -> list[Ready]:
+        """Bring the replicas up; what each said, by number. Raises ValueError or EngineError, the first cause, after
+        stopping every replica.
         """
-        slots = [slot for slot in self._slots.values() if slot.number not in later]
+        slots = list(self._slots.values())
         tasks = [asyncio.ensure_future(slot.bring_up(on_progress)) for slot in slots]
         try:
             readies = await asyncio.gather(*tasks)
@@ -97,9 +99,38 @@ class Controller(EngineClient):
             raise
         for slot in slots:
             slot.supervise()
-        for number in later:
-            self._slots[number].start_supervised()
         return readies
+
+    async def take_over(self, found: Collection[int], on_progress: Progress | None = None) -> Ready:
+        """Bring up those that an earlier controller left, then the others: what fails of one, also of one that was
+        found and has gone since, is its own alone. Returns what the first that serves said; the rest comes up in the
+        background. Raises EngineError, the first cause, when none will, after stopping every replica.
+        """
+        for number in found:
+            self._slots[number].start_supervised(on_progress)
+        try:
+            first = await self._first_ready([self._slots[number] for number in found], lives=1)
+            for number, slot in self._slots.items():
+                if number not in found:
+                    slot.start_supervised(on_progress)
+            first = first or await self._first_ready(list(self._slots.values()))
+            if first is None:
+                self._dispatch.check()
+                raise EngineError("no replica serves")
+            return first
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _first_ready(self, slots: Sequence[ReplicaSlot], lives: int = 1 << 31) -> Ready | None:
+        """What the first of these that serves said; None when none will in its first so many lives."""
+        while any(slot.may_serve and slot.life < lives for slot in slots):
+            for slot in slots:
+                if slot.ready:
+                    return slot.capacity
+            self._changed.clear()
+            await self._changed.wait()
+        return None
 
     async def scale(self, num_replicas: int) -> None:
         """Have this many replicas. New ones come up in the background. Of those there are, the highest numbers go: they
@@ -124,15 +155,18 @@ class Controller(EngineClient):
         if slot.in_flight:
             slot.emptied.clear()
             try:
-                await asyncio.wait_for(slot.emptied.wait(), self.options.drain_timeout_s)
+                async with asyncio.timeout(self.options.drain_timeout_s):
+                    await slot.emptied.wait()
             except TimeoutError:
                 await dispatch.move([entry for entry in ledger if entry.slot is slot])
         await slot.stop()  # streams that are still there end, and go on elsewhere
         del self._slots[slot.number]
 
-    def submit(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """Accept a request and stream its deltas, whatever happens to replicas meanwhile; see EngineClient."""
-        return self._dispatch.stream(request)
+    def submit(self, request: Request, on_accepted: Callable[[], None] | None = None) -> AsyncIterator[OutputDelta]:
+        """Accept a request and stream its deltas, whatever happens to replicas meanwhile; see EngineClient.
+        on_accepted: called once, when the journal holds it and it will not be refused any more.
+        """
+        return self._dispatch.stream(request, on_accepted)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests wherever they are; unknown or finished ids are no error."""
@@ -198,7 +232,8 @@ class Controller(EngineClient):
         """Refuse new requests, wait for the accepted ones; returns the ids that did not finish in time."""
         self._dispatch.draining = True
         try:
-            await asyncio.wait_for(self._dispatch.idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._dispatch.idle.wait()
         except TimeoutError:
             pass
         return sorted(entry.request_id for entry in self._dispatch.ledger)

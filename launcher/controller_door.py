@@ -1,9 +1,10 @@
 """ControllerDoor: lets front ends in other processes use a controller, over the messages of a replica's engine.
 
 To such a front end the controller is one big replica (`shoal.launcher.attached`). One that goes away ends its requests
-at once, so their blocks are free again; so does one that is not heard for LEASE_S, stopped or cut off: should it come
-back, it connects again and gives its requests in anew. Nothing is said of a request, but that it is refused, before the
-journal holds it; after the controller's own death front ends join what goes on already (`shoal.launcher.orphans`).
+at once, so their blocks are free again; so does one that is not heard for its lease, stopped or cut off: should it come
+back, it connects again and gives its requests in anew. Acknowledged, the first word of a request unless it is Rejected,
+is sent when the journal holds it; after the controller's own death front ends join what goes on already
+(`shoal.launcher.orphans`).
 """
 
 import asyncio
@@ -17,14 +18,26 @@ from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.messages import Abort, Drain, Drained, EngineStats, OutputDelta, Request, StatsQuery, Submit
 from shoal.launcher.controller import Controller
 from shoal.launcher.orphans import Orphans
-from shoal.launcher.replica_messages import TO_ENGINE, Beat, Enter, Outputs, Ready, Rejected, Renew, Shutdown, ToEngine
+from shoal.launcher.replica_messages import (
+    TO_ENGINE,
+    Acknowledged,
+    Beat,
+    Enter,
+    Outputs,
+    Ready,
+    Rejected,
+    Renew,
+    Shutdown,
+    ToEngine,
+)
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener, new_key
 
 ACCEPT_SLICE_S = 0.5
 BEAT_INTERVAL_S = 1.0
-LEASE_S = 3.0
+ENTER_TIMEOUT_S = 3.0
+SECOND_LOOK_S = 0.05  # after a silence: it may have been this process that was held up
 
 logger = logging.getLogger("shoal")
 
@@ -32,11 +45,11 @@ logger = logging.getLogger("shoal")
 class ControllerDoor:
     """Listens from the start; `serve` until cancelled. address, key: what front ends connect with."""
 
-    def __init__(self, controller: Controller, orphans: Orphans, ready: Ready, host: str) -> None:
-        """orphans: of the same controller. ready: told to every front end. host: the interface to listen on. Raises
-        ControlError.
+    def __init__(self, controller: Controller, orphans: Orphans, ready: Ready, host: str, lease_s: float) -> None:
+        """orphans: of the same controller. ready: told to every front end. host: the interface to listen on. lease_s:
+        launcher's. Raises ControlError.
         """
-        self._controller, self._orphans, self._ready = controller, orphans, ready
+        self._controller, self._orphans, self._ready, self.lease_s = controller, orphans, ready, lease_s
         self._listener, self.key = Listener.tcp(host), new_key()
         self._clients: set[asyncio.Task[None]] = set()
         self._places: dict[str, asyncio.Task[None]] = {}
@@ -75,7 +88,7 @@ class ControllerDoor:
         assert task is not None
         name = ""
         try:
-            enter = await channel.receive(LEASE_S)
+            enter = await channel.receive(ENTER_TIMEOUT_S)
             if not isinstance(enter, Enter):
                 logger.warning("a front end began with a %s and is not let in", type(enter).__name__)
                 return
@@ -84,7 +97,7 @@ class ControllerDoor:
             if older is not None:
                 older.cancel()
                 await asyncio.wait([older])
-            await _Guest(self._controller, self._orphans, channel, name).serve(self._ready)
+            await _Guest(self._controller, self._orphans, channel, name, self.lease_s).serve(self._ready)
         except ControlError as error:
             logger.info("a front end has left: %s", error)
         finally:
@@ -97,9 +110,14 @@ class _Guest:
     """One front end. Its request ids get its name as a prefix here: they are unique to it only."""
 
     def __init__(
-        self, controller: Controller, orphans: Orphans, channel: "AsyncChannel[ToEngine]", front_end: str
+        self,
+        controller: Controller,
+        orphans: Orphans,
+        channel: "AsyncChannel[ToEngine]",
+        front_end: str,
+        lease_s: float,
     ) -> None:
-        self._controller, self._orphans, self._channel = controller, orphans, channel
+        self._controller, self._orphans, self._channel, self._lease_s = controller, orphans, channel, lease_s
         self._prefix = f"{front_end}/"
         self._streams: dict[str, asyncio.Task[None]] = {}
 
@@ -108,7 +126,11 @@ class _Guest:
         try:
             await self._channel.send(ready)
             while True:
-                if not await self._take(await self._channel.receive(LEASE_S)):
+                try:
+                    message = await self._channel.receive(self._lease_s)
+                except ControlTimeout:
+                    message = await self._channel.receive(SECOND_LOOK_S)
+                if not await self._take(message):
                     return
         finally:
             tasks = [beat, *self._streams.values()]
@@ -142,7 +164,7 @@ class _Guest:
         """Pass a request on and its deltas back."""
         inner = msgspec.structs.replace(request, request_id=self._prefix + request.request_id)
         try:
-            async with aclosing(self._orphans.submit(inner)) as deltas:
+            async with aclosing(self._orphans.submit(inner, lambda: self._acknowledge(request.request_id))) as deltas:
                 await self._pass_back(request.request_id, deltas)
         except ControlError:
             pass  # the reader finds the channel closed, and ends all of this front end
@@ -152,6 +174,13 @@ class _Guest:
             self._channel.post(
                 Rejected(request_id=request.request_id, kind=kind, text=str(error), retry_after_s=retry_s)  # type: ignore[arg-type]
             )
+
+    def _acknowledge(self, request_id: str) -> None:
+        """The journal holds a request."""
+        try:
+            self._channel.post(Acknowledged(request_ids=[request_id]))
+        except ControlError:
+            pass  # the reader finds the channel closed, and ends all of this front end
 
     async def _pass_back(self, request_id: str, deltas: AsyncIterator[OutputDelta]) -> None:
         async for delta in deltas:

@@ -34,6 +34,7 @@ from shoal.launcher.ray_fleet import RayFleet
 from shoal.launcher.ray_places import end_crews
 from shoal.launcher.replica_messages import Ready, Starting
 from shoal.launcher.replicas import make_controller
+from shoal.launcher.session import keep_heap
 from shoal.launcher.state_folder import open_journal, remove_journal
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.families import load_spec
@@ -155,14 +156,18 @@ class DetachedController:
         self._host = cluster.own_node().address  # as replicas' hosts are called
         journal = await asyncio.to_thread(self._open_journal)
         fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
-        count, missing = await self._recover(fleet, journal)
+        count, kept = await self._recover(fleet, journal)
         controller = make_controller(fleet.make, count, fleet.settled, journal=journal)
-        readies = await controller.start(self._tell, later=missing)  # what runs neither waits nor ends with them
+        if kept:
+            first = await controller.take_over(kept, self._tell)
+        else:
+            first = (await controller.start(self._tell))[0]
         journal.want(count)
         self._controller, self._orphans = controller, Orphans(controller, journal)
         self._orphans.start(RETURN_S)
-        ready = Ready(capacity=readies[0].capacity, report="\n".join([*fleet.settled.notes, readies[0].report]))
-        door = ControllerDoor(controller, self._orphans, ready, cluster.own_node().address)
+        ready = Ready(capacity=first.capacity, report="\n".join([*fleet.settled.notes, first.report]))
+        address, lease_s = cluster.own_node().address, config.launcher.lease_s
+        door = ControllerDoor(controller, self._orphans, ready, address, lease_s)
         self._serving = asyncio.create_task(door.serve())
         self._door = Door(
             address=door.address,
@@ -170,8 +175,10 @@ class DetachedController:
             vocab_size=ready.capacity.vocab_size,
             max_model_len=ready.capacity.max_model_len,
             checkpoint=digest,
+            lease_s=lease_s,
         )
         self._doing = "serving"
+        keep_heap()
         logger.info("%s takes requests at %s", order.name, door.address)
 
     def _open_journal(self) -> Journal:
@@ -183,7 +190,9 @@ class DetachedController:
             return self._journal
 
     async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
-        """Find what an earlier life left, or place replicas; how many there shall be, and those not found."""
+        """Find what an earlier life left, or place replicas; how many there shall be, and those of them that were
+        found.
+        """
         name, found = self._order.name, await fleet.recover()
         count = journal.wanted or (max(found) + 1 if found else self._order.config.parallel.data)
         for number in found:
@@ -199,8 +208,7 @@ class DetachedController:
             logger.warning("%s: the last %d bytes of the journal were torn", name, journal.torn_bytes)
         if not kept:
             await fleet.prepare(range(count))
-            return count, []
-        return count, [number for number in range(count) if number not in kept]
+        return count, kept
 
     def _tell(self, starting: Starting) -> None:
         self._doing = starting.doing

@@ -5,7 +5,7 @@ end, places it again with what it has emitted.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import cast
 
@@ -30,12 +30,15 @@ FULL_PAUSE_S = 0.1
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """max_model_len: bounds the expected output of a request without max_tokens. max_in_flight: requests a replica may
     have at once, running and queued. max_waiting: accepted requests no replica works on. Beyond these, new ones are
-    refused.
+    refused. bounded_wait: replicas refuse what would wait too long for its turn; then none waits in front of them, and
+    a replica is asked about at most max_unanswered at a time.
     """
 
     max_model_len: int = 1 << 31
     max_in_flight: int = 8192 + 256
     max_waiting: int = 8192
+    bounded_wait: bool = False
+    max_unanswered: int = 256
 
 
 class Dispatch:
@@ -61,23 +64,16 @@ class Dispatch:
         self.draining = False
         self.closed: str | None = None
 
-    def _accept(self, request: Request) -> Entry:
-        """Enter a request into the ledger. Raises QueueFull, EngineError, ValueError."""
+    def _accept(self, request: Request, on_accepted: Callable[[], None] | None) -> Entry:
+        """Enter a request into the ledger, and the journal. Raises QueueFull, EngineError, ValueError."""
         self.check()
         if self.draining:
             raise EngineError("the engine is draining and takes no new requests")
-        ready = [slot for slot in self._slots.values() if slot.ready]
-        full = ready and all(slot.in_flight >= self.limits.max_in_flight for slot in ready)
         kept = self.journal is not None and request.request_id in self.journal.live  # an earlier controller accepted it
-        if not kept and (full or self.num_waiting >= self.limits.max_waiting):
-            self.refused += 1
-            raise QueueFull(
-                f"{len(self.ledger)} requests are under way or wait already (scheduler.max_queued_requests): come back "
-                "later, or raise it",
-                self._retry_after_s(),
-            )
+        if not kept:
+            self._check_room()
         entry = self.ledger.add(request)
-        entry.firm = kept
+        entry.on_accepted = on_accepted
         try:
             if self.journal is not None:
                 self.journal.accepted(entry.request)
@@ -88,7 +84,31 @@ class Dispatch:
             self.ledger.remove(entry)
             raise
         self.idle.clear()
+        if kept:
+            entry.accept()
         return entry
+
+    def _check_room(self) -> None:
+        """Raise QueueFull, without asking a replica, when a new request is to be refused."""
+        ready = [slot for slot in self._slots.values() if slot.ready]
+        taking = any(self._has_room(slot) for slot in ready)
+        if self.limits.bounded_wait:
+            refused, setting = not taking or bool(self.num_waiting), "scheduler.max_queue_wait_s"
+        else:
+            refused = (bool(ready) and not taking) or self.num_waiting >= self.limits.max_waiting
+            setting = "scheduler.max_queued_requests"
+        if refused:
+            self.refused += 1
+            raise QueueFull(
+                f"{len(self.ledger)} requests are under way or wait already ({setting}): come back later, or raise it",
+                self._retry_after_s(),
+            )
+
+    def _has_room(self, slot: ReplicaSlot) -> bool:
+        """Whether a ready replica is to be asked: it has places, and has not just said that it is full."""
+        if slot.in_flight >= self.limits.max_in_flight or slot.says_full:
+            return False
+        return not self.limits.bounded_wait or slot.unanswered < self.limits.max_unanswered
 
     @property
     def num_waiting(self) -> int:
@@ -115,11 +135,21 @@ class Dispatch:
             reason = failed[0].reason if failed else "all were taken away"
             raise EngineError(f"no replica can serve any more; the first cause: {reason}")
 
-    async def stream(self, request: Request) -> AsyncGenerator[OutputDelta]:
+    def accepted(self, request_id: str) -> None:
+        """A replica says that it accepts a request it was given."""
+        entry = self.ledger.get(request_id)
+        if entry is not None and entry.slot is not None:
+            self._answered(entry.slot, entry)
+            entry.accept()
+
+    async def stream(
+        self, request: Request, on_accepted: Callable[[], None] | None = None
+    ) -> AsyncGenerator[OutputDelta]:
         """Accept a request, on the first iteration, and give its deltas to its end. Raises QueueFull, EngineError,
-        ValueError then; later there are only deltas.
+        ValueError then; later there are only deltas. on_accepted: called once, when it will not be refused any more,
+        at the latest before its first token.
         """
-        entry = self._accept(request)
+        entry = self._accept(request, on_accepted)
         try:
             while True:
                 try:
@@ -172,14 +202,15 @@ class Dispatch:
                 loads = {
                     number: slot.work
                     for number, slot in self._slots.items()
-                    if slot.ready and slot.in_flight < self.limits.max_in_flight and number not in entry.refused_by
+                    if slot.ready and self._has_room(slot) and number not in entry.refused_by
                 }
                 if loads:
                     line.leave(entry)
                     self._on_trial = entry if suspect else self._on_trial
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
-            entry.firm = True
-            await line.wait(entry, entry.seconds_left)
+            entry.accept()
+            waits = [entry.seconds_left, *(slot.full_for_s for slot in self._slots.values() if slot.says_full)]
+            await line.wait(entry, min((each for each in waits if each is not None), default=None))
             entry.refused_by.clear()
 
     async def _follow(self, slot: ReplicaSlot, entry: Entry) -> AsyncGenerator[OutputDelta]:
@@ -206,7 +237,7 @@ class Dispatch:
                             self.journal.emitted(entry.request_id, delta.start, delta.token_ids, delta.logprobs)
                         yield delta
         except QueueFull as error:
-            await self._refused_by(slot, entry, error)
+            self._refused_by(slot, entry, error)
         except ValueError as error:  # a rebuilt replica may have less memory than the first had
             if not entry.firm:
                 raise
@@ -215,7 +246,7 @@ class Dispatch:
         except EngineError:
             if not await self._is_dead(slot, handle):
                 raise
-            entry.firm = True
+            entry.accept()
         finally:
             self._leave(slot, entry)
 
@@ -223,7 +254,8 @@ class Dispatch:
         prompt, room = len(entry.request.prompt_token_ids), self.limits.max_model_len
         most = entry.request.sampling.max_tokens
         expected = max(1, room - prompt) if most is None else min(max(1, room - prompt), most)
-        entry.slot, entry.moving, entry.started_here = slot, False, False
+        entry.slot, entry.moving, entry.started_here, entry.answered_here = slot, False, False, False
+        slot.unanswered += 1
         entry.work = prompt + max(expected, len(entry.emitted))
         slot.in_flight += 1
         slot.work += entry.work
@@ -235,7 +267,9 @@ class Dispatch:
         done = len(delta.token_ids)
         self.tokens.add(done)
         if not entry.started_here:
-            entry.started_here = slot.served = entry.firm = True
+            entry.started_here = slot.served = True
+            self._answered(slot, entry)
+            entry.accept()
             entry.refused_by.clear()
             self._end_trial(entry)
             done += len(entry.request.prompt_token_ids) + len(entry.emitted)
@@ -244,10 +278,20 @@ class Dispatch:
         entry.work -= done
         slot.work -= done
 
+    def _answered(self, slot: ReplicaSlot, entry: Entry) -> None:
+        """The replica has said something of the request, or will not."""
+        if not entry.answered_here:
+            entry.answered_here = True
+            slot.unanswered -= 1
+            self.wake()
+
     def _leave(self, slot: ReplicaSlot, entry: Entry) -> None:
+        self._answered(slot, entry)
         slot.in_flight -= 1
         slot.work -= entry.work
-        if not entry.started_here:
+        if entry.started_here:
+            slot.has_place()
+        else:
             self.routing.arrived(entry.request, slot.number)
         entry.slot, entry.work = None, 0
         self._end_trial(entry)
@@ -263,7 +307,7 @@ class Dispatch:
 
     def _survives(self, entry: Entry) -> bool:
         """Note that the request's replica died; False when that happens to it time and again, so that it may be why."""
-        entry.firm = True
+        entry.accept()
         self.resumed += 1
         if not entry.moving:
             entry.fruitless += 1
@@ -275,17 +319,14 @@ class Dispatch:
         text = f"{entry.fruitless} replicas in a row died under this request before its next token; the last: "
         return entry.last_delta("error", text + (delta.error or "no reason was given"))
 
-    async def _refused_by(self, slot: ReplicaSlot, entry: Entry, error: QueueFull) -> None:
+    def _refused_by(self, slot: ReplicaSlot, entry: Entry, error: QueueFull) -> None:
         """A replica is full by its own account: others may have room. If none has, a new request is refused, one that
-        has been accepted tries again a little later.
+        has been accepted waits until a place frees, or a little. The replica is not asked again meanwhile.
         """
-        entry.refused_by.add(slot.number)
-        if all(number in entry.refused_by for number, other in self._slots.items() if other.ready):
-            entry.refused_by.clear()
-            if not entry.firm:
-                self.refused += 1
-                raise error
-            await asyncio.sleep(FULL_PAUSE_S)
+        slot.is_full(min(error.retry_after_s, FULL_PAUSE_S))
+        if not entry.firm and not any(other.ready and self._has_room(other) for other in self._slots.values()):
+            self.refused += 1
+            raise error
 
     @staticmethod
     async def _is_dead(slot: ReplicaSlot, handle: ReplicaHandle) -> bool:

@@ -98,6 +98,11 @@ class EngineReplica(ReplicaHandle):
         assert self._client is not None, "it was ready"
         self._client.on_cache = on_cache
 
+    def watch_accepted(self, on_accepted: Callable[[str], None]) -> None:
+        """From the engine's messages."""
+        assert self._client is not None, "it was ready"
+        self._client.on_accepted = on_accepted
+
     def rank_health(self) -> list[RankHealth]:
         """From the engine's last beat."""
         return [] if self._client is None else self._client.beat.ranks

@@ -8,7 +8,7 @@ from shoal.engine.engine_core import EngineCore
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.messages import Abort, Drain, Drained, Failure, OutputDelta, Request, StatsQuery, Submit
 from shoal.engine.multi_rank_executor import MultiRankExecutor
-from shoal.launcher.replica_messages import Outputs, Rejected, Shutdown, ToEngine
+from shoal.launcher.replica_messages import Acknowledged, Outputs, Rejected, Shutdown, ToEngine
 from shoal.parallel.control import Channel
 
 IDLE_CHECK_S = 0.5
@@ -25,6 +25,7 @@ class EngineServer:
     def __init__(self, core: EngineCore, front: "Channel[ToEngine]", executor: MultiRankExecutor) -> None:
         self._core, self._front = core, front
         self._live: set[str] = set()
+        self._unanswered: set[str] = set()  # accepted since the last step
         self._draining = self._shutdown = False
         self._drain_until: float | None = None  # until the drain is answered
         self._selector = selectors.DefaultSelector()
@@ -104,16 +105,23 @@ class EngineServer:
             rejected = Rejected(request_id=request_id, kind="value", text=str(error))
         else:
             self._live.add(request_id)
+            self._unanswered.add(request_id)
             return
         self._front.send(rejected, SEND_TIMEOUT_S)
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
-        """Send a step's deltas. Once the core has failed, the Failure that follows is what ends the streams."""
+        """Send a step's deltas, and word of those that came before it and wait. Once the core has failed, the Failure
+        that follows is what ends the streams.
+        """
         if self._core.failure is not None:
             deltas = [delta for delta in deltas if delta.finish_reason != "error"]
         if deltas:
             self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
             self._front.send(Outputs(deltas=deltas), SEND_TIMEOUT_S)
+        self._unanswered.difference_update(delta.request_id for delta in deltas)
+        if self._unanswered and self._core.failure is None:
+            self._front.send(Acknowledged(request_ids=sorted(self._unanswered)), SEND_TIMEOUT_S)
+        self._unanswered.clear()
 
     def _tell_cache(self) -> None:
         """Before the tokens of prompts: whoever sees the first token knows what of the prompt is cached."""

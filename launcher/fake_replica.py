@@ -50,6 +50,10 @@ class FakeReplica(ReplicaHandle):
         """From the engine's thread."""
         return await self.client.failed()
 
+    def watch_accepted(self, on_accepted: Callable[[str], None]) -> None:
+        """From the engine's thread."""
+        self.client.on_accepted = on_accepted
+
     def kill(self, cause: str = "killed by SIGKILL") -> None:
         """The next step, or the next look at the ranks, fails."""
         self.executor.fault = Fault(step=0, cause=cause)

@@ -10,6 +10,7 @@ from shoal.engine.client import EngineError
 from shoal.engine.engine_core import EngineCore
 from shoal.engine.executor import Executor
 from shoal.engine.inprocess_client import InprocessClient
+from shoal.engine.work_thread import WorkThread
 from shoal.launcher.capacity import make_capacity
 from shoal.launcher.settle import Host, Settled, settle
 from shoal.launcher.started import StartedEngine
@@ -21,12 +22,17 @@ from shoal.model.spec import DecoderSpec
 
 async def start_inprocess(config: ShoalConfig, spec: DecoderSpec, model_dir: Path) -> StartedEngine:
     """Load the model here. Raises ValueError (settings, checkpoint, memory) and EngineError."""
+    thread = WorkThread()
     try:
-        settled, executor, report = await asyncio.to_thread(load_inprocess, config, spec, model_dir)
-    except (RuntimeError, MemoryError, OSError) as error:
-        raise EngineError(f"the model could not be loaded: {type(error).__name__}: {error}") from error
+        loading = thread.submit(lambda: load_inprocess(config, spec, model_dir))
+        settled, executor, report = await asyncio.wrap_future(loading)
+    except BaseException as error:
+        thread.finish()
+        if isinstance(error, RuntimeError | MemoryError | OSError):
+            raise EngineError(f"the model could not be loaded: {type(error).__name__}: {error}") from error
+        raise
     return StartedEngine(
-        client=InprocessClient(EngineCore(settled.config, executor)),
+        client=InprocessClient(EngineCore(settled.config, executor), thread),
         vocab_size=spec.vocab_size,
         max_model_len=executor.capacity.max_model_len,
         report="\n".join([*settled.notes, report]),

@@ -2,7 +2,8 @@
 
 A record is a length, a checksum and a msgpack message, appended by one write: a killed writer leaves whole records and
 at most one torn at the end, which is cut off. Writes are in the kernel's hands when a call returns, so they outlive the
-process, not a host that loses power. The file stays bounded: what has ended is left out by rewriting it (`os.replace`)
+process; they are on the disk SYNC_INTERVAL_S and a sync later, and outlive a host that loses power then: what is not is
+torn, and cut off. The file stays bounded: what has ended is left out by rewriting it (`os.replace`)
 when it grows past max_bytes, and new requests are refused while even that would not do.
 
 Only what must be known before it is acknowledged raises an error that concerns the disk: a token or an end that could
@@ -20,10 +21,12 @@ import msgspec
 
 from shoal.engine.client import QueueFull
 from shoal.engine.messages import Message, Request, TokenLogprobs
+from shoal.launcher.disk_sync import DiskSync
 
 HEADER_BYTES = 8
 RECORD_LIMIT = 64 << 20
 RETRY_S = 1.0
+SYNC_INTERVAL_S = 0.05
 
 
 class Accepted(Message, frozen=True, kw_only=True):
@@ -113,7 +116,9 @@ class Journal:
         self.wanted: int | None = None
         self._warned = False
         self._fd = self._open(path)
+        self._sync = DiskSync(self._fd, SYNC_INTERVAL_S)
         try:
+            _sync_folder(path)
             data = path.read_bytes()
             entries, whole = read_records(data)
             self.torn_bytes = len(data) - whole
@@ -193,6 +198,7 @@ class Journal:
             os.ftruncate(self._fd, self._bytes)
             raise
         self._bytes += len(record)
+        self._sync.written()
         self._apply(entry)
 
     def _write(self, fd: int, record: bytes) -> None:
@@ -240,11 +246,14 @@ class Journal:
             for record in self._live_records():
                 self._write(fd, record)
                 size += len(record)
+            os.fdatasync(fd)  # a name must not come to stand for what the disk does not hold
             os.replace(temporary, self.path)
+            _sync_folder(self.path)
         except BaseException:
             os.close(fd)
             temporary.unlink(missing_ok=True)
             raise
+        self._sync.switch(fd)
         os.close(self._fd)
         self._fd, self._bytes = fd, size
 
@@ -255,10 +264,20 @@ class Journal:
             yield from _records(kept)
 
     def close(self) -> None:
-        """Unlock it. Idempotent."""
+        """Have it on the disk, and unlock it. Idempotent."""
         if self._fd >= 0:
+            self._sync.close()
             os.close(self._fd)
             self._fd = -1
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the file's name on the disk. Raises OSError."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _records(kept: Kept) -> list[bytes]:

@@ -1,6 +1,7 @@
 """A layout of several ranks on this host: one zygote, one engine process per replica, and their ranks."""
 
 import asyncio
+import os
 from pathlib import Path
 
 from shoal.configs.schema import ShoalConfig
@@ -110,6 +111,7 @@ def make_replica(
     config, size = settled.config, settled.config.ranks_per_replica
     assert config.runtime.threads is not None, "settled"
     listener = Listener.unix()
+    cores = cores_of_ranks(config)
     bootstrap = EngineBootstrap(
         replica=number,
         model=model,
@@ -120,9 +122,23 @@ def make_replica(
         front_address=listener.address,
         key=new_key(),
         config_fingerprint=config_fingerprint,
+        cores=dict(enumerate(cores[number * size : (number + 1) * size])),
     )
     where = f"replica {number}: " if config.parallel.data > 1 else ""
     return LocalReplica(processes, listener, bootstrap, where=where)
+
+
+def cores_of_ranks(config: ShoalConfig) -> list[tuple[int, ...]]:
+    """Cores for every rank of all replicas to keep to, by runtime.pin_cores; none where that gains nothing.
+
+    Ranks of a tensor group wait for each other many times a layer, and one that shares a core keeps the others waiting.
+    Stages of a pipeline wait less, and gain from a core that another leaves idle.
+    """
+    threads, usable = config.runtime.threads or 1, sorted(os.sched_getaffinity(0))
+    wanted = config.runtime.pin_cores and config.runtime.device == "cpu" and config.parallel.tensor > 1
+    if not wanted or config.world_size * threads > len(usable):
+        return []
+    return [tuple(usable[rank * threads : (rank + 1) * threads]) for rank in range(config.world_size)]
 
 
 def device_of(config: ShoalConfig, local_rank: int) -> str:

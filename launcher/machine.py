@@ -3,11 +3,12 @@ both."""
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import torch
 
-BUFFER_BYTES = 256 << 20  # several times any cache, so that reads come from memory
+BUFFER_BYTES = 1 << 30  # several times any cache, so that reads come from memory
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -49,12 +50,21 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
-    """Both limits with the threads torch has now. Takes about two seconds."""
-    with torch.inference_mode():
-        return MachineLimits(
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-            dtype=str(dtype).removeprefix("torch."),
-            read_bytes_per_s=read_bandwidth(device),
-            gemm_flops_per_s=gemm_rate(device, dtype),
-        )
+    """Both limits with the threads torch has now. Takes about two seconds.
+
+    Measured in a thread that ends: its OpenMP threads would count beside those of an engine in this process, and make
+    both give up waiting actively (engine/work_thread.py).
+    """
+
+    def limits() -> MachineLimits:
+        with torch.inference_mode():
+            return MachineLimits(
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                threads=torch.get_num_threads(),
+                dtype=str(dtype).removeprefix("torch."),
+                read_bytes_per_s=read_bandwidth(device),
+                gemm_flops_per_s=gemm_rate(device, dtype),
+            )
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(limits).result()

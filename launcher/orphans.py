@@ -7,12 +7,13 @@ async for delta in orphans.submit(request): ...   # of a client: its orphan if t
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import cast
 
 from shoal.engine.client import EngineClient, EngineError
 from shoal.engine.messages import OutputDelta, Request
+from shoal.launcher.controller import Controller
 from shoal.launcher.journal import Journal, Kept
 
 logger = logging.getLogger("shoal")
@@ -79,8 +80,8 @@ class _Orphan:
 class Orphans:
     """Used from one event loop, the controller's."""
 
-    def __init__(self, client: EngineClient, journal: Journal) -> None:
-        self._client, self._journal = client, journal
+    def __init__(self, controller: Controller, journal: Journal) -> None:
+        self._controller, self._journal = controller, journal
         self._orphans: dict[str, _Orphan] = {}
         self._giving_up: asyncio.Task[None] | None = None
         self._ending = asyncio.Lock()  # an id is not free before its orphan has ended
@@ -92,7 +93,7 @@ class Orphans:
 
     def start(self, grace_s: float) -> None:
         """Have the journal's live requests go on; those nobody came back for within grace_s are aborted then."""
-        self._orphans = {name: _Orphan(kept, self._client) for name, kept in self._journal.live.items()}
+        self._orphans = {name: _Orphan(kept, self._controller) for name, kept in self._journal.live.items()}
         if self._orphans:
             self._giving_up = asyncio.get_running_loop().create_task(self._give_up(grace_s))
 
@@ -109,20 +110,24 @@ class Orphans:
             for name in ending:
                 self._journal.ended(name)
 
-    async def submit(self, request: Request) -> AsyncGenerator[OutputDelta]:
-        """As EngineClient.submit; a request that goes on already is joined where its client is."""
+    async def submit(
+        self, request: Request, on_accepted: Callable[[], None] | None = None
+    ) -> AsyncGenerator[OutputDelta]:
+        """As Controller.submit; a request that goes on already is joined where its client is."""
         async with self._ending:
             orphan = self._orphans.pop(request.request_id, None)
         if orphan is not None:
             try:
                 if orphan.is_of(request):
+                    if on_accepted is not None:
+                        on_accepted()
                     async with aclosing(orphan.follow(len(request.emitted_token_ids))) as deltas:
                         async for delta in deltas:
                             yield delta
                     return
             finally:
                 await orphan.end()
-        async with aclosing(cast(AsyncGenerator[OutputDelta], self._client.submit(request))) as stream:
+        async with aclosing(cast(AsyncGenerator[OutputDelta], self._controller.submit(request, on_accepted))) as stream:
             async for delta in stream:
                 yield delta
 

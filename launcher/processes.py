@@ -17,8 +17,6 @@ from pathlib import Path
 from shoal.launcher.zygote_messages import ZYGOTE_MESSAGES, Exited, Fork, Forked, Loaded, Signal
 from shoal.parallel.control import Channel, ControlError, PeerGone
 
-STACK_SIGNAL = signal.SIGUSR2
-"""Makes a rank write the Python stacks of its threads to its log (faulthandler)."""
 PRELOAD = ("torch", "shoal.launcher.rank_process", "shoal.launcher.engine_process", "shoal.engine.worker")
 
 

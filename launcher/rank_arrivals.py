@@ -31,15 +31,15 @@ class RankArrivals:
         self._arrived: dict[int, tuple[Channel[FromRank], Hello]] = {}
         self._left_at: float | None = None
 
-    def wait(self, left: Callable[[str], float]) -> list[tuple["Channel[FromRank]", Hello]]:
+    def wait(self, left: Callable[[list[int]], float]) -> list[tuple["Channel[FromRank]", Hello]]:
         """Every rank's channel and Hello, in rank order.
 
-        left: called with what is missing, returns how long to wait before it is called again, or raises. Raises
-        ExecutorFailed when a rank fails or leaves.
+        left: called with the ranks that are missing, returns how long to wait before it is called again, or raises.
+        Raises ExecutorFailed when a rank fails or leaves.
         """
         try:
             while len(self._arrived) < self._size:
-                missing = ", ".join(str(rank) for rank in range(self._size) if rank not in self._arrived)
+                missing = [rank for rank in range(self._size) if rank not in self._arrived]
                 for key, _ in self._selector.select(left(missing)):
                     self._look(key.fileobj)
                 if self._left_at is not None and time.monotonic() > self._left_at + LAST_WORDS_S:

@@ -4,16 +4,15 @@ engine's side; no torch.
     Hello (all alike?) -> Begin -> Loading ... Loaded -> Profile -> Profiled -> Allocate (the minimum) -> CacheReady
 """
 
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import msgspec
 
 from shoal.engine.executor import Capacity, ExecutorFailed
 from shoal.engine.multi_rank_executor import MultiRankExecutor
-from shoal.engine.rank_links import RankExit, RankLinks, RankRefused, Supervisor
+from shoal.engine.rank_links import RankExit, RankLinks, RankRefused, Supervisor, end_with_stacks
 from shoal.engine.rank_messages import (
     Allocate,
     Begin,
@@ -27,10 +26,11 @@ from shoal.engine.rank_messages import (
 from shoal.engine.rank_watch import patience_s
 from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.capacity import make_capacity
-from shoal.launcher.processes import STACK_SIGNAL, ZygoteConnection, describe_exit
+from shoal.launcher.processes import ZygoteConnection, describe_exit
 from shoal.launcher.rank_arrivals import RankArrivals, check_alike
 from shoal.launcher.rendezvous import Rendezvous, make_rendezvous
 from shoal.launcher.replica_messages import ProcessPlace, Starting
+from shoal.launcher.stack_dump import dump_stacks
 from shoal.launcher.zygote_messages import Exited
 from shoal.model.ledger import MemoryReport, plan_cache
 from shoal.model.ledger_table import format_ledger
@@ -43,6 +43,11 @@ RANK_ENTRY = "shoal.launcher.rank_process:main"
 SEND_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
 POLL_S = 0.25
+
+
+def listed(ranks: Collection[int]) -> str:
+    """For people."""
+    return ", ".join(str(rank) for rank in ranks)
 
 
 class LocalRanks(Supervisor):
@@ -78,12 +83,11 @@ class LocalRanks(Supervisor):
         """Those that still run."""
         return [self._describe(exited) for exited in self._connection.end(list(self._ranks), KILL_TIMEOUT_S)]
 
-    def ask_for_stacks(self, ranks: list[int]) -> bool:
-        """By signal: faulthandler's, then one that wakes a stopped process up to take it."""
-        found = [process_id for process_id, rank in self._ranks.items() if rank in ranks]
-        for process_id in found:
-            self._connection.signal(process_id, STACK_SIGNAL)
-            self._connection.signal(process_id, signal.SIGCONT)
+    def write_stacks(self, ranks: Collection[int], timeout_s: float) -> bool:
+        """By a signal."""
+        running, pids = self._connection.running, self._connection.pids
+        found = [pids[each] for each, rank in self._ranks.items() if rank in ranks and each in running and each in pids]
+        dump_stacks(found, timeout_s)
         return bool(found)
 
     def _describe(self, exited: Exited) -> RankExit:
@@ -164,25 +168,28 @@ class RankGroup:
             address=self._listener.address,
             key=boot.key,
             config_fingerprint=boot.config_fingerprint,
+            cores=boot.cores.get(rank, ()),
         )
 
-    def _left(self, missing: str) -> float:
-        """Seconds until the start's deadline, at most POLL_S. Raises ExecutorFailed past it."""
+    def _left(self, missing: Collection[int], what: str) -> float:
+        """Seconds until the start's deadline, at most POLL_S. Raises ExecutorFailed past it: missing ranks did what."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             limit = self._config.launcher.start_timeout_s
-            detail = "" if self._links is None else self._links.watch.doing()
+            doing = "" if self._links is None else self._links.watch.doing()
             raise ExecutorFailed(
-                f"the start took longer than launcher.start_timeout_s = {limit:g}: {missing}", None, detail
+                f"the start took longer than launcher.start_timeout_s = {limit:g}: rank {listed(missing)} {what}",
+                None,
+                doing + end_with_stacks(self._supervisor, missing),
             )
         return min(left, POLL_S)
 
     def _connected(self) -> "list[Channel[FromRank]]":
         """A channel per rank, in order, once all have said Hello and are alike."""
 
-        def left(missing: str) -> float:
-            self._tell(Starting(doing=f"waiting for rank {missing}"))
-            return self._left(f"rank {missing} did not connect")
+        def left(missing: Collection[int]) -> float:
+            self._tell(Starting(doing=f"waiting for rank {listed(missing)}"))
+            return self._left(missing, "did not connect")
 
         arrivals = RankArrivals(self._listener, self._bootstrap.key, self._size, self._supervisor).wait(left)
         self._channels = [channel for channel, _ in arrivals]
@@ -202,8 +209,8 @@ class RankGroup:
         got: dict[int, Answer] = {}
         progress: dict[int, Loading] = {}
         while len(got) < self._size:
-            missing = ", ".join(str(rank) for rank in range(self._size) if rank not in got)
-            for rank, message in links.receive(self._left(f"rank {missing} is not through with {doing}")):
+            missing = [rank for rank in range(self._size) if rank not in got]
+            for rank, message in links.receive(self._left(missing, f"is not through with {doing}")):
                 match message:
                     case Loading():
                         progress[rank] = message

@@ -38,7 +38,7 @@ from shoal.engine.rank_messages import (
 )
 from shoal.kernels.build import NativeLibrary, load_native
 from shoal.launcher.bootstrap import RANK_BOOTSTRAP, RankBootstrap, versions
-from shoal.launcher.processes import STACK_SIGNAL
+from shoal.launcher.stack_dump import listen_for_stack_signal
 from shoal.launcher.zygote import resolve
 from shoal.parallel.activity import Activity, watch_mesh
 from shoal.parallel.communicator import CollectiveError
@@ -64,7 +64,7 @@ def run_rank(bootstrap: RankBootstrap) -> int:
     """Be a rank until the engine says stop (0), is gone, or something fails (1)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner decides when ranks end
     faulthandler.enable()
-    faulthandler.register(STACK_SIGNAL, all_threads=True)
+    listen_for_stack_signal()
     start_timeout_s = bootstrap.model.config.launcher.start_timeout_s
     channel = connect(bootstrap.address, bootstrap.key, TO_RANK, "the engine", min(30.0, start_timeout_s))
     if channel.own_host is not None:
@@ -151,6 +151,8 @@ class _Rank:
         handler = _ToEngine(self._channel, boot.rank)
         logging.basicConfig(level=self._config.runtime.log_level.upper(), handlers=[handler], force=True)
         logging.captureWarnings(True)
+        if boot.cores:
+            os.sched_setaffinity(0, boot.cores)  # before torch makes threads, which inherit it
         torch.set_num_threads(boot.threads)
         torch.set_num_interop_threads(1)
         native = None

@@ -52,6 +52,12 @@ class ReplicaHandle(ABC):
         """Have somebody told what its prefix cache gains and loses, once it was ready. Not every kind tells."""
         return
 
+    def watch_accepted(self, on_accepted: Callable[[str], None]) -> None:
+        """Have somebody told which requests it has accepted before it gives their first token, once it was ready. Not
+        every kind tells.
+        """
+        return
+
     def places(self) -> list[RankPlace]:
         """Where its ranks run, as far as it is known."""
         return []

@@ -24,7 +24,7 @@ from shoal.engine.messages import (
     StatsQuery,
     Submit,
 )
-from shoal.launcher.replica_messages import Beat, FromEngine, LogText, Outputs, Rejected, Shutdown
+from shoal.launcher.replica_messages import Acknowledged, Beat, FromEngine, LogText, Outputs, Rejected, Shutdown
 from shoal.parallel.control import ControlError, ControlTimeout
 from shoal.parallel.control_async import AsyncChannel
 
@@ -56,7 +56,8 @@ class _Stream:
 
 class ReplicaClient(EngineClient):
     """Talks to one engine process. Used from one event loop, the one that made it. beat: what the engine said last of
-    itself and its ranks. on_cache: told what its prefix cache gained and lost.
+    itself and its ranks. on_cache: told what its prefix cache gained and lost. on_accepted: told the ids of requests
+    that were accepted and have no token yet.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ReplicaClient(EngineClient):
         self._failed = asyncio.Event()
         self.beat = Beat()
         self.on_cache: Callable[[CacheChanges], None] | None = None
+        self.on_accepted: Callable[[str], None] | None = None
         self._closing = False
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
@@ -141,7 +143,8 @@ class ReplicaClient(EngineClient):
         answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self._drains.append(answer)
         await self._send(Drain(timeout_s=timeout_s))
-        return await asyncio.wait_for(answer, timeout_s + DRAIN_SLACK_S)
+        async with asyncio.timeout(timeout_s + DRAIN_SLACK_S):
+            return await answer
 
     async def close(self) -> None:
         """Stop the replica. Idempotent."""
@@ -202,6 +205,10 @@ class ReplicaClient(EngineClient):
                 stream = self._streams.pop(message.request_id, None)
                 if stream is not None:
                     stream.items.put_nowait(_rejection(message))
+            case Acknowledged():
+                for request_id in message.request_ids:
+                    if self.on_accepted is not None and request_id in self._streams:
+                        self.on_accepted(request_id)
             case EngineStats():
                 _answer(self._stats, message)
             case Drained():

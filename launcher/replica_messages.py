@@ -1,7 +1,7 @@
 """What a front end and the engine process of a replica say to each other, besides the engine's own messages. No torch.
 
 front end -> engine: Submit, Abort, Drain, StatsQuery, Shutdown engine -> front end: Listening, Starting, Ready or
-Refused; then Outputs, CacheChanges, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
+Refused; then Acknowledged, Outputs, CacheChanges, Rejected, Drained, EngineStats; at any time Beat, LogText, Failure
 """
 
 from typing import Annotated, Literal
@@ -68,6 +68,15 @@ class Outputs(Message, frozen=True, kw_only=True):
     deltas: list[OutputDelta]
 
 
+class Acknowledged(Message, frozen=True, kw_only=True):
+    """Requests are accepted, and will not be Rejected any more. An engine says it of those that are given no token in
+    the step they came in; a detached controller of every request, before its first token and after its journal holds
+    it.
+    """
+
+    request_ids: list[str]
+
+
 class Rejected(Message, frozen=True, kw_only=True):
     """A request that was not accepted. kind: the error to raise: ValueError, QueueFull or EngineError."""
 
@@ -124,6 +133,7 @@ FromEngine = (
     | Starting
     | Ready
     | Refused
+    | Acknowledged
     | Outputs
     | CacheChanges
     | Rejected

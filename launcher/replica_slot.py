@@ -47,7 +47,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaSlot:
     """One replica's place. Used from one event loop.
 
-    work: outstanding tokens of the requests it was given; in_flight: how many they are (the controller counts both).
+    work: outstanding tokens of the requests it was given; in_flight: how many they are; unanswered: of how many of them
+    it has said nothing yet (the controller counts all three).
     emptied: set when the last of them has left. served: its present life has given a token.
     """
 
@@ -65,7 +66,8 @@ class ReplicaSlot:
         self.state: ReplicaState = "starting"
         self.handle: ReplicaHandle | None = None
         self.capacity: Ready | None = None
-        self.work = self.in_flight = 0
+        self.work = self.in_flight = self.unanswered = 0
+        self._full_until = 0.0
         self.emptied = asyncio.Event()
         self.served = False
         self.life = 0
@@ -91,6 +93,24 @@ class ReplicaSlot:
         """Whether it takes requests now or may again."""
         return self.state in ("starting", "ready", "backing off")
 
+    @property
+    def full_for_s(self) -> float:
+        """Seconds until it is to be asked again, after it said that it is full; 0 when it may be asked."""
+        return max(0.0, self._full_until - time.monotonic())
+
+    @property
+    def says_full(self) -> bool:
+        """Whether it has just said that it is full."""
+        return self._full_until > time.monotonic()
+
+    def is_full(self, seconds: float) -> None:
+        """It said so: it is not asked for so long, or until `has_place`."""
+        self._full_until = time.monotonic() + seconds
+
+    def has_place(self) -> None:
+        """One of its requests has ended."""
+        self._full_until = 0.0
+
     async def bring_up(self, on_progress: Progress | None = None) -> Ready:
         """Start a replica and wait until it is ready. Raises ValueError, EngineError, after ending what was started."""
         self._change("starting")
@@ -109,15 +129,15 @@ class ReplicaSlot:
         """Watch the replica that was brought up, and keep one there. Call once."""
         self._task = asyncio.get_running_loop().create_task(self._supervise(), name=f"replica {self.number}")
 
-    def start_supervised(self) -> None:
+    def start_supervised(self, on_progress: Progress | None = None) -> None:
         """Bring the first replica up and keep one there, in the background; a failed start counts as a failed life."""
         self._task = asyncio.get_running_loop().create_task(
-            self._bring_up_and_supervise(), name=f"replica {self.number}"
+            self._bring_up_and_supervise(on_progress), name=f"replica {self.number}"
         )
 
-    async def _bring_up_and_supervise(self) -> None:
+    async def _bring_up_and_supervise(self, on_progress: Progress | None) -> None:
         try:
-            await self.bring_up()
+            await self.bring_up(on_progress)
         except (ValueError, EngineError) as error:
             self._note(error)
             if not await self._rebuild():
@@ -203,7 +223,8 @@ class ReplicaSlot:
         if handle is None:
             return
         try:
-            await asyncio.wait_for(asyncio.shield(handle.stop()), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await asyncio.shield(handle.stop())
         except (EngineError, TimeoutError, OSError) as error:
             logger.warning("replica %d did not stop: %s: %s", self.number, type(error).__name__, error)
 
@@ -216,7 +237,8 @@ class ReplicaSlot:
         now, handle, stats = time.monotonic(), self.handle, None
         if self.serves and handle is not None:
             try:
-                (stats,) = await asyncio.wait_for(handle.client.stats(), STATS_TIMEOUT_S)
+                async with asyncio.timeout(STATS_TIMEOUT_S):
+                    (stats,) = await handle.client.stats()
             except (EngineError, TimeoutError):
                 pass  # it is about to be found dead, or deep in a step
         return ReplicaStatus(

@@ -25,6 +25,8 @@ def controller_options(settled: Settled, *, rebuild: bool = True) -> ControllerO
             max_model_len=config.model.max_model_len,
             max_in_flight=queued + config.scheduler.max_num_seqs,
             max_waiting=queued,
+            bounded_wait=config.scheduler.max_queue_wait_s is not None,
+            max_unanswered=config.scheduler.max_num_seqs,
         ),
         restarts=RestartPolicy(max_restarts=config.launcher.max_restarts if rebuild else 0),
         start_timeout_s=config.launcher.start_timeout_s,

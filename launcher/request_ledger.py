@@ -7,7 +7,7 @@ far, and where it runs.
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,17 +26,20 @@ class Entry:
     emitted: its output so far, with what it brought along. slot: where it runs, None while it waits. fruitless: deaths
     of replicas under it in a row without a token in between. firm: it may not be refused any more. refused_by: replicas
     that were full. work: prompt and expected output tokens its replica has not computed yet. started_here: its replica
-    has given a token. moving: it is to go elsewhere.
+    has given a token; answered_here: or has said that it accepts it. moving: it is to go elsewhere. on_accepted: called
+    once, when it has become firm.
     """
 
     __slots__ = (
         "aborted",
+        "answered_here",
         "emitted",
         "firm",
         "fruitless",
         "moving",
         "num_cached_tokens",
         "number",
+        "on_accepted",
         "prompt_logprobs_told",
         "refused_by",
         "request",
@@ -52,6 +55,8 @@ class Entry:
         self.slot: ReplicaSlot | None = None
         self.turn: asyncio.Future[None] | None = None
         self.aborted = self.firm = self.moving = self.started_here = self.prompt_logprobs_told = False
+        self.answered_here = False
+        self.on_accepted: Callable[[], None] | None = None
         self.refused_by: set[int] = set()
         self.fruitless = self.work = 0
         self.num_cached_tokens: int | None = None
@@ -71,6 +76,13 @@ class Entry:
         """Until its deadline; None without one."""
         deadline = self.request.deadline_s
         return None if deadline is None else max(0.0, deadline - time.time())
+
+    def accept(self) -> None:
+        """It may not be refused any more. Idempotent."""
+        self.firm = True
+        tell, self.on_accepted = self.on_accepted, None
+        if tell is not None:
+            tell()
 
     def resumed(self) -> Request:
         """The request as the next replica gets it: its output so far is taken as computed."""

@@ -6,6 +6,7 @@ await session.close()
 """
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from shoal.configs.model_path import resolve_model_path
 from shoal.configs.resolved import ResolvedConfig
+from shoal.launcher.idle_settings import DETACHED, DRAINING, check_idle
 from shoal.launcher.progress import StartLine
 from shoal.launcher.replica_messages import Starting
 from shoal.model.families import load_spec
@@ -41,6 +43,13 @@ class Session:
         config = self.resolved.config
         return config.scheduler.max_queued_requests * config.parallel.data
 
+    @property
+    def window(self) -> int:
+        """Requests that keep every replica busy: as many as run at once, and as many again for their places."""
+        scheduler = self.resolved.config.scheduler
+        per_replica = scheduler.max_num_seqs + min(scheduler.max_num_seqs, scheduler.max_queued_requests)
+        return per_replica * self.resolved.config.parallel.data
+
     async def close(self) -> None:
         """End the engine and its ranks. May be called twice."""
         await self.front_end.client.close()
@@ -50,16 +59,22 @@ async def open_session(
     resolved: ResolvedConfig,
     on_progress: Callable[[Starting], None] | None = None,
     check_tokenizer: Callable[[Tokenizer | None], None] | None = None,
+    *,
+    drains: bool = False,
 ) -> Session:
     """Find the checkpoint, read its tokenizer, start the engine.
 
     on_progress: told what the start is doing. check_tokenizer: raises ValueError for one that will not do (None with
-    skip_tokenizer_init), before the engine is started.
+    skip_tokenizer_init), before the engine is started. drains: the caller keeps launcher.drain_timeout_s when it is
+    told to end.
 
     Raises ConfigError or ValueError for what cannot be used, before a process starts; EngineError when the start fails.
     """
     from shoal.launcher.bring_up import start_engine
 
+    check_idle(resolved, DETACHED, "it is about detached models, which `shoal up` starts")
+    if not drains:
+        check_idle(resolved, DRAINING, "nothing here waits for what runs when it is told to end")
     model = resolved.config.model
     model_dir = None
     if model.path is not None:
@@ -90,16 +105,28 @@ async def open_session(
 
 
 async def open_session_shown(
-    resolved: ResolvedConfig, check_tokenizer: Callable[[Tokenizer | None], None] | None = None
+    resolved: ResolvedConfig,
+    check_tokenizer: Callable[[Tokenizer | None], None] | None = None,
+    *,
+    drains: bool = False,
 ) -> Session:
     """`open_session` for a command: its progress, then the choices made and the memory table, on standard error."""
     line = StartLine()
     try:
-        session = await open_session(resolved, line, check_tokenizer)
+        session = await open_session(resolved, line, check_tokenizer, drains=drains)
     finally:
         line.clear()
+    keep_heap()
     print(session.report, file=sys.stderr)
     return session
+
+
+def keep_heap() -> None:
+    """Have the garbage collector leave alone what is there now, for a process that serves and does nothing else: going
+    through all that was imported held its event loop up for a tenth of a second at a time, and every stream with it.
+    What is garbage by now stays, which is little.
+    """
+    gc.freeze()
 
 
 async def gather_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -91,10 +91,9 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
 
 def check_quantization(config: ShoalConfig, device: Device) -> None:
     """Raise ValueError where quantised weights cannot be computed with."""
-    if config.model.quantization != "none" and device == "cuda":
+    if config.model.quantization == "fp8" and device == "cpu":
         raise ValueError(
-            f"model.quantization = {config.model.quantization} works on CPUs only, and torch sees GPUs here; "
-            "use none, or set runtime.device = cpu"
+            "model.quantization = fp8 is for GPUs, and the ranks run on the CPU; use int8 or int4, or leave it out"
         )
 
 
@@ -133,6 +132,7 @@ def _notes(config: ShoalConfig, host: Host) -> list[str]:
     """What was chosen, for people."""
     layout, runtime = config.parallel, config.runtime
     weights = "" if config.model.quantization == "none" else f" with {config.model.quantization} weights"
+    kept = weights + ("" if config.cache.dtype == "auto" else f", {config.cache.dtype} KV cache")
     between = f", {runtime.collectives} collectives" if config.ranks_per_replica > 1 else ""
     if between and runtime.device == "cuda" and runtime.collectives == "gloo":
         between += " through host memory"
@@ -142,7 +142,7 @@ def _notes(config: ShoalConfig, host: Host) -> list[str]:
     kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
     notes = [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "
-        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}{weights}, context "
+        f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}{kept}, context "
         f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
     ]
     used = -(-host.ranks // layout.ranks_per_device)

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from shoal.launcher.stack_dump import hold_stack_signal, listen_for_stack_signal
 from shoal.launcher.zygote_messages import (
     OWNER_MESSAGES,
     Exited,
@@ -172,6 +173,7 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.dup2(log_write, 1)
             os.dup2(log_write, 2)
+            listen_for_stack_signal()
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.fileobj, Channel):
                     key.fileobj.release()
@@ -241,6 +243,7 @@ def main(arguments: list[str]) -> NoReturn:
     """Import what the children will need, then serve."""
     fd, owner_pid, modules = int(arguments[0]), int(arguments[1]), arguments[2:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hold_stack_signal()
     name_process("shoal-zygote")
     owner = Channel(socket.socket(fileno=fd), OWNER_MESSAGES, "the owner")
     # No thread may watch the owner here: it would not survive a fork. A timer's signal is enough while importing.

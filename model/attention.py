@@ -65,7 +65,14 @@ class AttentionMixer:
             self.across_heads(q_TQD, k_TKD)
         tables = batch.groups[cache.group]
         rope_kv_write(
-            heads_TGD, self.num_heads, self.head_norm, cos_sin_TR, cache.keys, cache.values, tables.slot_mapping_T
+            heads_TGD,
+            self.num_heads,
+            self.head_norm,
+            cos_sin_TR,
+            cache.keys,
+            cache.values,
+            tables.slot_mapping_T,
+            cache.scales,
         )
         attended_TQD = paged_attention(
             q_TQD,
@@ -83,6 +90,7 @@ class AttentionMixer:
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_k=batch.max_seqlen_k,
             shared_keys=tables.shared_keys,
+            kv_scales=cache.scales,
             deterministic=self.deterministic,
         )
         return self.out.partial(attended_TQD.view(num_tokens, self.num_heads * dim))

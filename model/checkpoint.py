@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.weight import RoundedWeight
 from shoal.model.checkpoint_files import Checkpoint, check_tensors
 from shoal.model.families.family import Family
 from shoal.model.families.names import Source, logical_shapes
@@ -130,13 +130,13 @@ def plan_blocks(
     sources: dict[str, Source],
     spec: DecoderSpec,
     shard: ModelShard,
-    tensors: dict[str, torch.Tensor | QuantizedWeight],
+    tensors: dict[str, torch.Tensor | RoundedWeight],
 ) -> list[Block]:
     """Every block this rank reads into place, in the order of the files: those of tensors that are not quantised."""
     blocks: list[Block] = []
     for parameter in local_parameters(spec, shard):
         tensor = tensors[parameter.name]
-        if isinstance(tensor, QuantizedWeight):
+        if isinstance(tensor, RoundedWeight):
             continue
         for part in parameter.parts:
             dest = tensor[tuple(slice(start, stop) for start, stop in part.dest)]
@@ -160,7 +160,7 @@ def load_parameters(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """This rank's parameters by local name (model/parameters.py), shapes as in its table, of `dtype` on `device`;
-    QuantizedWeights where the shard is quantised.
+    RoundedWeights where the shard is quantised.
 
     on_progress(bytes so far, bytes in all) is called after every block. Raises CheckpointError: what headers show for
     the whole model before anything is read, values that are not finite while reading.
@@ -190,7 +190,7 @@ def load_parameters(
 
     read(blocks)
     for slab in rounded:
-        values = torch.empty(slab.shape)
+        values = torch.empty(slab.shape, device=slab.weight.device)
         read(slab_blocks(checkpoint, sources, slab, values))
         slab.weight.put(slab.column, values)
     return tensors
@@ -201,14 +201,14 @@ def plan_slabs(
     sources: dict[str, Source],
     spec: DecoderSpec,
     shard: ModelShard,
-    tensors: dict[str, torch.Tensor | QuantizedWeight],
+    tensors: dict[str, torch.Tensor | RoundedWeight],
 ) -> list[Slab]:
     """Every slab that is quantised on this rank, in the order of the files."""
     widths = {name: shape[-1] for name, shape in logical_shapes(spec).items()}
     found: list[Slab] = []
     for parameter in local_parameters(spec, shard):
         weight = tensors[parameter.name]
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, RoundedWeight):
             found.extend(slabs(parameter, weight, widths))
 
     def place(slab: Slab) -> tuple[str, int, int]:

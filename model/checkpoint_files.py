@@ -13,6 +13,7 @@ from typing import Any
 from shoal.model.families.family import Family
 from shoal.model.families.names import Source, logical_shapes
 from shoal.model.formats import INDEX, SINGLE, missing_weights, refuse_other_formats
+from shoal.model.kv_scales import is_kv_scale
 from shoal.model.safetensors_file import CheckpointError, SafetensorsFile, TensorInfo, unique_keys
 from shoal.model.spec import DecoderSpec
 
@@ -146,7 +147,7 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: DecoderSpec) -> 
                 f"{file.path}: tensor {info.name!r} is stored as {info.dtype}; supported are {', '.join(LOADABLE)}"
             )
     for tensor, (file, info) in checkpoint.tensors.items():
-        if tensor not in needed and not family.is_ignorable(tensor, spec):
+        if tensor not in needed and not family.is_ignorable(tensor, spec) and not is_kv_scale(tensor):
             problems.append(
                 f"{file.path}: tensor {tensor!r} {list(info.shape)} is surplus: "
                 f"no part of a {family.name} model needs it"

@@ -2,10 +2,10 @@
 
     hidden = stage.embed(batch)                        # first stage
     hidden = stage.forward(batch, hidden, cache)       # every stage; hidden [num_tokens, hidden_size] travels
-    logits = stage.logits(hidden[rows])                # last stage
+    logits = stage.logits(hidden[rows])                # last stage; or head_shard, of which rows can be gathered
 
 Under tensor parallelism every rank of the group calls the same methods in the same order. Collectives: one all-reduce
-for the embedding, two per layer (one where both branches read the same input), one gather for the logits.
+for the embedding, two per layer (one where both branches read the same input), a gather for logits that must be whole.
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from shoal.kernels.fused import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
-from shoal.model.fused import fuse_feed_forward, fuse_mixer
+from shoal.model.fused import FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -52,6 +53,15 @@ class DecoderLayer:
         self.fused_mixer = fuse_mixer(self.pre_mixer, self.mixer)
         self.fused_ffn = fuse_feed_forward(self.pre_ffn, self.ffn)
 
+    def fused(self, cache: LayerCache, rotation: int | None) -> FusedLayer | None:
+        """The whole layer for the fused operations; None where there is more to it."""
+        more = (self.post_mixer, self.post_ffn, self.mixer.out_bias, self.ffn.out_bias)
+        if self.fused_mixer is None or self.fused_ffn is None or any(part is not None for part in more):
+            return None
+        if self.residual != "sequential" or self.group.size > 1 or cache.scales is not None:
+            return None
+        return FusedLayer(self.fused_mixer, self.fused_ffn, cache.keys, cache.values, cache.group, rotation)
+
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
         out_TH = self.group.all_reduce(partial_TH)
@@ -69,7 +79,7 @@ class DecoderLayer:
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + branch, this rank's part of the attention of its norm)."""
-        if self.fused_mixer is not None:
+        if self.fused_mixer is not None and cache.scales is None:  # C does not read FP8
             x_TH, _ = summed(x_TH, branch_TH, None)
             step = batch.groups[cache.group].native_step(batch, cache.keys.shape[1])
             return x_TH, self.fused_mixer(x_TH, cos_sin_TR, step, cache.keys, cache.values)
@@ -175,7 +185,8 @@ class Stage:
         some = next(iter(params.values()))
         self.dtype, self.deterministic = some.dtype, deterministic
         self.embed_in, self.embed_out = params.get("embed_in.weight"), params.get("embed_out.weight")
-        self._make_tables(max_model_len or spec.max_position, some.device)
+        self.device = some.device
+        self._make_tables(max_model_len or spec.max_position, self.device)
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
             self.embedding = VocabEmbedding(params["embed.weight"], vocab[shard.tp_rank], tensor)
@@ -213,11 +224,19 @@ class Stage:
 
     @torch.inference_mode()
     def forward(self, batch: BatchInput, hidden_TH: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """This stage's layers. hidden: [T, H], from embed or from the stage before. The tokens' keys and values are
-        written to the cache. Returns [T, H].
+        """This stage's layers. hidden: [T, H], from embed or from the stage before; it may be overwritten. The tokens'
+        keys and values are written to the cache. Returns [T, H].
         """
         branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
+        if len(hidden_TH) <= FEW_TOKENS and (runs := self.runs(cache)):
+            steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
+            for run in runs:
+                hidden_TH, branch_TH = run(hidden_TH, branch_TH, looked_up, steps)
+                if self.on_layer is not None:
+                    self.on_layer()
+            assert branch_TH is not None
+            return branch_TH.add_(hidden_TH)
         for index, layer in self.layers.items():
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
@@ -226,17 +245,48 @@ class Stage:
                 self.on_layer()
         return hidden_TH if branch_TH is None else branch_TH.add_(hidden_TH)
 
+    def runs(self, cache: KVCache) -> list[FusedLayers]:
+        """The layers on this cache in few calls of whole layers; none where one of them has to be taken apart."""
+        if cache.runs is None:
+            layers = [layer.fused(cache.layers[index], self.rotations[index]) for index, layer in self.layers.items()]
+            whole = [layer for layer in layers if layer is not None]
+            cache.runs = runs_of_layers(whole) if whole and len(whole) == len(layers) else []
+        return cache.runs
+
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """The logits of rows of the last stage's hidden state ([R, H]): [R, V] float32, whole on every rank of the
         group.
         """
+        return self.gather_logits(self.head_shard(hidden_RH))
+
+    @torch.inference_mode()
+    def head_shard(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the head's product with rows of the last stage's hidden state, for shard_logits and
+        gather_logits: [R, local vocabulary].
+        """
         normed_RH = hidden_RH if self.final_norm is None else self.final_norm(hidden_RH)
         if self.embed_out is not None:
             normed_RH = linear(normed_RH, self.embed_out, deterministic=self.deterministic)
-        logits_RV = self.head(normed_RH)
+        shard_RV = self.head.shard(normed_RH)
         if self.on_layer is not None:
             self.on_layer()  # scoring a long prompt calls this many times
+        return shard_RV
+
+    @torch.inference_mode()
+    def shard_logits(self, shard_RV: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's shard of the vocabulary: float32 [R, local vocabulary], no collective. shard_RV may be
+        overwritten.
+        """
+        return self.capped(shard_RV.float())
+
+    @torch.inference_mode()
+    def gather_logits(self, shard_RV: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary from the ranks' shards: float32 [R, V]. shard_RV may be overwritten."""
+        return self.capped(self.head.gather(shard_RV))
+
+    def capped(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """The final soft cap, where the model has one, in place."""
         if self.spec.final_softcap is not None:
             logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)
         return logits_RV

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.weight import RoundedWeight
 from shoal.model.families.names import logical_shapes
 from shoal.model.parameters import LocalParameter, Part, local_parameters
 from shoal.model.quantize import new_parameter, slabs
@@ -73,14 +73,14 @@ class _Source:
 
 
 def fill_dummy(
-    params: Mapping[str, torch.Tensor | QuantizedWeight], table: Iterable[LocalParameter], spec: DecoderSpec, seed: int
+    params: Mapping[str, torch.Tensor | RoundedWeight], table: Iterable[LocalParameter], spec: DecoderSpec, seed: int
 ) -> None:
     """Fill every tensor of the table, which params holds by name, in place. seed: an integer >= 0."""
     source = _Source(spec, seed)
     widths = {name: shape[-1] for name, shape in logical_shapes(spec).items()}
     for parameter in table:
         target = params[parameter.name]
-        if isinstance(target, QuantizedWeight):
+        if isinstance(target, RoundedWeight):
             for slab in slabs(parameter, target, widths):
                 values = torch.empty(slab.shape)
                 source.fill(values, Part(slab.logical, slab.source, ()))

@@ -25,13 +25,21 @@ INSTEAD = (
 
 
 def refuse_quantised(config: dict[str, Any], where: str) -> None:
-    """Raise ValueError when the weights are quantised, by the method's name and with what to do instead."""
+    """Raise ValueError when the weights are quantised, by the method's name and with what to do instead. Scales of an
+    FP8 cache alone (compressed-tensors without groups of weights) are no hindrance.
+    """
     settings = config.get("quantization_config") or config.get("compression_config")
-    if settings:
+    if settings and not only_of_cache(settings):
         raise ValueError(
             f"{where}: the checkpoint is quantised with {quantisation_method(settings)} (quantization_config), "
             f"{INSTEAD}"
         )
+
+
+def only_of_cache(settings: Any) -> bool:
+    """Whether a quantization_config speaks of keys and values alone."""
+    named = isinstance(settings, dict) and settings.get("quant_method") == "compressed-tensors"
+    return named and settings.get("kv_cache_scheme") is not None and not settings.get("config_groups")
 
 
 def quantisation_method(settings: Any) -> str:

@@ -1,20 +1,24 @@
 """Which halves of a layer run fused (kernels/fused.py): those with RMSNorm or no norm before them, prepared weights,
-and head norms of single heads or none. The others run operation by operation.
+and head norms of single heads or none. The others run operation by operation. Where nothing but fused halves and sums
+is left, and no other rank is waited for, steps of few tokens run whole layers in one call.
 """
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 
 from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedNorm
+from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedNorm
 from shoal.kernels.weight import PreparedWeight, Weight
 from shoal.model.attention import AttentionMixer
 from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward
 from shoal.model.norms import NormLayer
 
 CPU = torch.device("cpu")
+FEW_TOKENS = 64  # of a step that runs whole layers: it is short enough to show no sign of life meanwhile
+RUN_BYTES = 2 << 30  # of weights that one call goes through
 
 
 def for_c(weight: Weight) -> TypeGuard[PreparedWeight]:
@@ -79,3 +83,21 @@ def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForw
     if library is None:
         return None
     return FusedFeedForward(library, fused_norm(norm), up.weight, up.bias, ffn.down.weight, kind=ffn.kind)
+
+
+def runs_of_layers(layers: Sequence[FusedLayer]) -> list[FusedLayers]:
+    """The layers in runs of up to RUN_BYTES of weights, one layer at least. layers: not empty."""
+    library, found, room = native_library(), [[layers[0]]], RUN_BYTES - layer_bytes(layers[0])
+    assert library is not None, "the halves are fused"
+    for layer in layers[1:]:
+        if layer_bytes(layer) > room:
+            found.append([])
+            room = RUN_BYTES
+        found[-1].append(layer)
+        room -= layer_bytes(layer)
+    return [FusedLayers(library, run) for run in found]
+
+
+def layer_bytes(layer: FusedLayer) -> int:
+    """Of its weights."""
+    return layer.mixer.weight_bytes + layer.feed_forward.weight_bytes

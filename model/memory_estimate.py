@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shoal.configs.schema import ShoalConfig
-from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.ledger import MemoryReport
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
@@ -14,9 +14,11 @@ SAMPLING_SLICE = 1 << 19  # logits that are sampled, penalised or scored at once
 SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 counters and float64 noise included
 
 
-def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int) -> int:
-    """Bytes of a rank's parameters, before the C kernels' padding of float weights to whole panels of 32 columns."""
-    return sum(parameter.num_bytes(itemsize) for parameter in local_parameters(spec, shard))
+def weights_bytes(spec: DecoderSpec, shard: ModelShard, itemsize: int, device: str = "cpu") -> int:
+    """Bytes of a rank's parameters on a "cpu" or "cuda" device, before the C kernels' padding of float weights to whole
+    panels of 32 columns.
+    """
+    return sum(parameter.num_bytes(itemsize, device) for parameter in local_parameters(spec, shard))
 
 
 def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
@@ -73,10 +75,10 @@ def estimate_reports(
     available_bytes: int,
     ranks_per_device: int = 1,
 ) -> list[MemoryReport]:
-    """What the ranks of a replica would report. available_bytes: what an idle device can give; itemsize: bytes per
-    float weight; ranks_per_device: ranks that share it (all local ones on a CPU).
+    """What the ranks of a replica would report. config: settled; available_bytes: what an idle device can give;
+    itemsize: bytes per float weight; ranks_per_device: ranks that share it (all local ones on a CPU).
     """
-    weights = [weights_bytes(spec, shard, itemsize) for shard in shards]
+    weights = [weights_bytes(spec, shard, itemsize, config.runtime.device) for shard in shards]
     reports = []
     for rank, shard in enumerate(shards):
         first = rank - rank % ranks_per_device
@@ -87,7 +89,9 @@ def estimate_reports(
                 weights_bytes=weights[rank],
                 activation_bytes=activation_bytes(spec, shard, config, itemsize),
                 available_bytes=available_bytes - neighbours,
-                block_bytes=kv_bytes_per_block(spec, shard, config.cache.block_size, itemsize),
+                block_bytes=kv_bytes_per_block(
+                    spec, shard, config.cache.block_size, kv_itemsize(config.cache.dtype, itemsize)
+                ),
             )
         )
     return reports

@@ -11,14 +11,16 @@ Logical parameters are the unsharded, canonical tensors ([out, in] weights) that
     layers.I.ffn.experts.E.{gate,up,down}.weight
     layers.I.ffn.shared.{gate,up,down}.weight   layers.I.ffn.shared_gate.weight [1, H]
 Local tensors are what the decoder computes with: query, key and value rows are fused into mixer.qkv, gate and up into
-ffn.gate_up, experts are stacked. With shard.quantization the weights of linears have `bits`
-(kernels/quantized_format.py): 8 or 4 in the layers, experts included, and 8 in the head, and in the embedding where
-that is the head as well; other embeddings, norms, biases, routers and sinks are floats always. The ledger, `explain`,
-the loader and the decoder all read this one table. No torch.
+ffn.gate_up, experts are stacked. With shard.quantization the weights of linears are rounded: int8 and int4
+(kernels/quantized_format.py) to 8 or 4 bits in the layers, experts included, and to 8 in the head, and in the embedding
+where that is the head as well; fp8 (kernels/fp8_weight.py) those in the layers alone. Other embeddings, norms, biases,
+routers and sinks are floats always. The ledger, `explain`, the loader and the decoder all read this one table. No
+torch.
 """
 
 from collections.abc import Iterator
 from math import prod
+from typing import Literal
 
 import msgspec
 
@@ -26,6 +28,10 @@ from shoal.kernels.quantized_format import GROUP, quantized_bytes
 from shoal.model.shard import ModelShard, Quantization
 from shoal.model.spec import Attention, DecoderSpec, GatedFfn, Layer, MoeFfn, Norm
 from shoal.parallel.sharding import Range
+
+Rounding = Literal["int8", "int4", "fp8"]
+BITS = {"int8": 8, "int4": 4}  # of their codes
+FP8_SCALE_BYTES = 4  # of a column
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -38,12 +44,12 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class LocalParameter(msgspec.Struct, frozen=True):
-    """One tensor of a rank. bits: of its codes when it is quantised, None for floats."""
+    """One tensor of a rank. rounding: how it is quantised, None for floats."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    bits: int | None = None
+    rounding: Rounding | None = None
 
     @property
     def numel(self) -> int:
@@ -52,15 +58,25 @@ class LocalParameter(msgspec.Struct, frozen=True):
 
     @property
     def lead(self) -> int:
-        """Inputs of the first group of a quantised weight that lie before this slice."""
-        return self.parts[0].source[-1][0] % GROUP
+        """Inputs of the first group of a quantised weight that lie before this slice; a group of FP8 is the row."""
+        start = self.parts[0].source[-1][0]
+        return start if self.rounding == "fp8" else start % GROUP
 
-    def num_bytes(self, itemsize: int) -> int:
-        """Bytes it takes when floats take itemsize."""
-        if self.bits is None:
+    def whole_groups(self, inputs: Range, width: int) -> Range:
+        """The inputs of all groups that have some of these. width: inputs of the logical parameter."""
+        if self.rounding == "fp8":
+            return (0, width)
+        return inputs[0] - inputs[0] % GROUP, min(-(-inputs[1] // GROUP) * GROUP, width)
+
+    def num_bytes(self, itemsize: int, device: str = "cpu") -> int:
+        """Bytes it takes when floats take itemsize. device: "cpu" or "cuda", which orders codes its own way."""
+        if self.rounding is None:
             return self.numel * itemsize
         *count, columns, inner = self.shape
-        return prod(count) * quantized_bytes(columns, inner, self.lead, self.bits)
+        if self.rounding == "fp8":
+            return prod(count) * columns * (inner + FP8_SCALE_BYTES)
+        bits = BITS[self.rounding]
+        return prod(count) * quantized_bytes(columns, inner, self.lead, bits, blocked=device != "cuda")
 
 
 def whole(name: str, *shape: int) -> LocalParameter:
@@ -173,30 +189,29 @@ def head_is_shared(spec: DecoderSpec, shard: ModelShard) -> bool:
 
 
 LINEARS = ("mixer.qkv", "mixer.o", "gate_up", "ffn.up", "down")
-BITS = {"int8": 8, "int4": 4}  # of their codes,
-HEAD_BITS = 8  # and of the head's
+HEAD_ROUNDING: dict[Quantization, Rounding | None] = {"none": None, "int8": "int8", "int4": "int8", "fp8": None}
 
 
-def weight_bits(name: str, quantization: Quantization, tied: bool) -> int | None:
-    """Bits of a local tensor's codes; None when it is not quantised. tied: the embedding is the head as well."""
+def weight_rounding(name: str, quantization: Quantization, tied: bool) -> Rounding | None:
+    """How a local tensor is quantised; None when it is not. tied: the embedding is the head as well."""
     module, _, kind = name.rpartition(".")
     if quantization == "none" or kind != "weight":
         return None
     if module == "head" or (module == "embed" and tied):
-        return HEAD_BITS
-    return BITS[quantization] if module.endswith(LINEARS) else None
+        return HEAD_ROUNDING[quantization]
+    return quantization if module.endswith(LINEARS) else None
 
 
 def local_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
     """The whole table of a rank, in the order of computation. A tied head on another stage than the embedding is a
     tensor of its own."""
     for parameter in float_parameters(spec, shard):
-        bits = weight_bits(parameter.name, shard.quantization, spec.tie_embeddings)
-        yield parameter if bits is None else msgspec.structs.replace(parameter, bits=bits)
+        rounding = weight_rounding(parameter.name, shard.quantization, spec.tie_embeddings)
+        yield parameter if rounding is None else msgspec.structs.replace(parameter, rounding=rounding)
 
 
 def float_parameters(spec: DecoderSpec, shard: ModelShard) -> Iterator[LocalParameter]:
-    """The table with no word on bits."""
+    """The table with no word on rounding."""
     vocab, hidden, embed = shard.vocab(spec.vocab_size), spec.hidden_size, spec.embed_size or spec.hidden_size
     if shard.has_embedding:
         yield stacked("embed.weight", [("embed.weight", vocab)], embed)

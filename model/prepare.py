@@ -1,4 +1,5 @@
-"""Weights as the decoder multiplies with them: prepared for the C kernels where those will do it, tensors elsewhere.
+"""Weights as the decoder multiplies with them: prepared for the C kernels where those will do it, as loaded elsewhere:
+tensors, or what was rounded for the Triton kernels.
 
 Every [out, in] weight of a linear, each expert's, and a head or an embedding that is the head as well; not those of
 embeddings alone, norms and positions.

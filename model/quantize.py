@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.kernels.quantized_format import BLOCK, GROUP
+from shoal.kernels.device import has_gpu_kernels
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
+from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.quantized_format import BLOCK
 from shoal.kernels.quantized_weight import QuantizedWeight
-from shoal.model.parameters import LocalParameter
+from shoal.kernels.weight import RoundedWeight
+from shoal.model.parameters import BITS, LocalParameter
 from shoal.parallel.sharding import Range
 
 SLAB_ELEMENTS = 1 << 22  # floats held at once: 16 MiB, and a few times as much while they are rounded
@@ -24,7 +28,7 @@ class Slab(NamedTuple):
 
     logical: str
     source: tuple[Range, Range]
-    weight: QuantizedWeight
+    weight: RoundedWeight
     column: int
 
     @property
@@ -34,22 +38,24 @@ class Slab(NamedTuple):
         return stop - first, end - start
 
 
-def new_parameter(
-    parameter: LocalParameter, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | QuantizedWeight:
-    """Memory for one local tensor, to be filled. Quantised ones are on the CPU, for activations of `dtype`."""
-    if parameter.bits is None:
+def new_parameter(parameter: LocalParameter, dtype: torch.dtype, device: torch.device) -> torch.Tensor | RoundedWeight:
+    """Memory for one local tensor, to be filled. Quantised ones are for activations of `dtype`."""
+    if parameter.rounding is None:
         return torch.empty(parameter.shape, dtype=dtype, device=device)
-    assert device.type == "cpu", device
-    return QuantizedWeight(parameter.shape, parameter.bits, parameter.lead, dtype=dtype)
+    if parameter.rounding == "fp8":
+        return Fp8ChannelWeight(parameter.shape, parameter.lead, dtype=dtype, device=device)
+    bits = BITS[parameter.rounding]
+    if has_gpu_kernels(device):
+        return PlainWeight.zeros(parameter.shape, bits, parameter.lead, dtype=dtype, device=device)
+    return QuantizedWeight(parameter.shape, bits, parameter.lead, dtype=dtype)
 
 
-def slabs(parameter: LocalParameter, weight: QuantizedWeight, widths: Mapping[str, int]) -> Iterator[Slab]:
+def slabs(parameter: LocalParameter, weight: RoundedWeight, widths: Mapping[str, int]) -> Iterator[Slab]:
     """Everything to be read for one quantised tensor. widths: inputs of every logical parameter."""
     weights = weight.unstacked() if len(weight.shape) == 3 else [weight]
     for part in parameter.parts:
-        (first, stop), (start, end) = part.source
-        inputs = (start - start % GROUP, min(-(-end // GROUP) * GROUP, widths[part.logical]))
+        (first, stop), held = part.source
+        inputs = parameter.whole_groups(held, widths[part.logical])
         slot, column = (part.dest[0][0], part.dest[1][0]) if len(part.dest) == 3 else (0, part.dest[0][0])
         step = max(1, SLAB_ELEMENTS // (inputs[1] - inputs[0]) // BLOCK) * BLOCK
         for row in range(first, stop, step):

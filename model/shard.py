@@ -11,7 +11,7 @@ from shoal.kernels.quantized_format import GROUP
 from shoal.model.spec import Attention, DecoderSpec, Ffn, MoeFfn
 from shoal.parallel.sharding import HeadShard, Range, shard_heads, split, split_layers
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 COLUMN_MULTIPLE = 8  # feed-forward and vocabulary boundaries fall on it where they can: whole vectors and cache lines
 
 

@@ -115,7 +115,8 @@ class AsyncChannel(Generic[Received]):
         self.post(message)
         if not self._frames.writable.is_set():
             try:
-                await asyncio.wait_for(self._frames.writable.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+                    await self._frames.writable.wait()
             except TimeoutError:
                 raise ControlTimeout(f"{self.peer} did not take a message within {timeout_s:g} s") from None
             if self._frames.error is not None:
@@ -129,7 +130,8 @@ class AsyncChannel(Generic[Received]):
                 raise self._frames.error
             self._frames.arrived.clear()
             try:
-                await asyncio.wait_for(self._frames.arrived.wait(), max(0.0, deadline - time.monotonic()))
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self._frames.arrived.wait()
             except TimeoutError:
                 raise ControlTimeout(f"{self.peer} did not send a message within {timeout_s:g} s") from None
         return message

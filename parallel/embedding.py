@@ -30,7 +30,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Logits with the vocabulary sharded over the group, one all-gather in it.
+    """Logits with the vocabulary sharded over the group, one all-gather in it; or each rank's shard of them, without.
 
     weight: [local_vocab, hidden_size] (it may be the embedding's); bias: [local_vocab] or None; ranges: every rank's
     range of the vocabulary, in rank order. Layout in: hidden states whole on every rank; out: logits whole on every
@@ -50,8 +50,15 @@ class VocabHead:
         self.sizes = [stop - start for start, stop in ranges]
         assert len(ranges) == group.size and weight.shape[0] == self.sizes[group.rank], (weight.shape, ranges)
 
+    def shard(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [rows, hidden_size]. Returns this rank's logits [rows, local_vocab], in hidden's type."""
+        return linear(hidden, self.weight, self.bias, deterministic=self.deterministic)
+
+    def gather(self, shard: torch.Tensor) -> torch.Tensor:
+        """The ranks' shards, or the same rows of each, joined: float32 [rows, vocab_size]."""
+        whole = shard if self.group.size == 1 else self.group.all_gather(shard, self.sizes)
+        return whole.float()
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden_size]. Returns float32 logits [rows, vocab_size]."""
-        local = linear(hidden, self.weight, self.bias, deterministic=self.deterministic)
-        whole = local if self.group.size == 1 else self.group.all_gather(local, self.sizes)
-        return whole.float()
+        return self.gather(self.shard(hidden))

@@ -14,7 +14,7 @@ from shoal.kernels.build import native_library
 from shoal.kernels.device import on_gpu
 from shoal.kernels.experts import NativeExperts
 from shoal.kernels.linear import linear
-from shoal.kernels.weight import Weight
+from shoal.kernels.weight import PreparedWeight, Weight
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.sharding import Range
 
@@ -22,7 +22,8 @@ from shoal.parallel.sharding import Range
 class Experts:
     """Gated experts: down(act(gate(x)) * up(x)), weighted and summed over a token's experts.
 
-    gate_up: [E, 2 F, H], gate's columns before up's; down: [E, H, F]; or a weight per expert, tensors or prepared;
+    gate_up: [E, 2 F, H], gate's columns before up's; down: [E, H, F]; tensors, or on GPUs rounded stacks; or a weight
+    per expert, tensors or prepared;
     expert_range: the experts held; activation: a key of kernels.activation.KINDS. A token's experts are summed in
     rising order of their number, in float32, so a token's result does not depend on the others when deterministic.
     Layout in: x and the routing whole on every rank; `partial` out: this rank's part of the sum; calling adds the
@@ -31,8 +32,8 @@ class Experts:
 
     def __init__(
         self,
-        gate_up: torch.Tensor | Sequence[Weight],
-        down: torch.Tensor | Sequence[Weight],
+        gate_up: Weight | Sequence[Weight],
+        down: Weight | Sequence[Weight],
         expert_range: Range,
         activation: str,
         group: Communicator,
@@ -40,7 +41,8 @@ class Experts:
         deterministic: bool,
     ) -> None:
         count = expert_range[1] - expert_range[0]
-        assert len(gate_up) == len(down) == count, (len(gate_up), len(down), expert_range)
+        held = [weight.shape[0] if isinstance(weight, Weight) else len(weight) for weight in (gate_up, down)]
+        assert held == [count, count], (held, expert_range)
         self.gate_up, self.down, self.expert_range = gate_up, down, expert_range
         self.activation, self.group, self.deterministic = activation, group, deterministic
         self.native: NativeExperts | None = None
@@ -55,7 +57,7 @@ class Experts:
 
         Returns [T, H] in x's dtype: zeros where none of a token's experts is held here.
         """
-        if on_gpu(x_TH) and isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+        if on_gpu(x_TH) and isinstance(self.gate_up, Weight) and isinstance(self.down, Weight):
             from shoal.kernels.gpu.experts import launch_experts
 
             kind, first = KINDS[self.activation], self.expert_range[0]
@@ -64,6 +66,7 @@ class Experts:
             )
         if self.native is not None:
             return self.native(x_TH, weights_TK, ids_TK)
+        assert not isinstance(self.gate_up, PreparedWeight) and not isinstance(self.down, PreparedWeight)
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         tokens, weights, counts = self._by_expert(weights_TK, ids_TK)
         start = 0

@@ -3,10 +3,10 @@
     python scripts/eval_perplexity.py                       # the demo model on its held-out text
     python scripts/eval_perplexity.py --model DIR --text FILE --weights bfloat16 int8:bfloat16 --tokens 100000
 
---weights: DTYPE, or QUANTIZATION:DTYPE. The text is cut into rows of --row tokens, each behind the first token of the
-model's own prompts; every row is scored by itself. Beside the mean stands the difference from the first of --weights on
-the same tokens, with its standard error over rows. The demo's held-out text is made from this machine's standard
-library (scripts/demo_text.py), so compare numbers of one machine.
+--weights: DTYPE, or QUANTIZATION:DTYPE; with +fp8 behind it keys and values are kept in FP8. The text is cut into rows
+of --row tokens, each behind the first token of the model's own prompts; every row is scored by itself. Beside the mean
+stands the difference from the first of --weights on the same tokens, with its standard error over rows. The demo's
+held-out text is made from this machine's standard library (scripts/demo_text.py), so compare numbers of one machine.
 """
 
 import argparse
@@ -69,8 +69,10 @@ def main() -> None:
     baseline: list[float] = []
     found = {}
     for name in args.weights:
-        quantization, _, dtype = name.rpartition(":")
-        with LLM(args.model, dtype=dtype, quantization=quantization or "none", enable_prefix_caching=False) as llm:
+        weights, _, cache = name.partition("+")
+        quantization, _, dtype = weights.rpartition(":")
+        settings = {"dtype": dtype, "quantization": quantization or "none", "kv_cache_dtype": cache or "auto"}
+        with LLM(args.model, enable_prefix_caching=False, **settings) as llm:
             rows = make_rows(llm, texts, args.row, args.tokens)
             started = time.perf_counter()
             nats = score(llm, rows)

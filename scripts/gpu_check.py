@@ -6,6 +6,7 @@ compute-sanitizer where it is present, times last; within --limit-s seconds, end
     python scripts/gpu_check.py --interpret           # without a GPU: tiny shapes through Triton's interpreter
     python scripts/gpu_check.py --report              # what kernels compile to on sm_80 and sm_90, as Markdown
     python scripts/gpu_check.py --report --limit-s 1800 --write docs/kernels.md
+    python scripts/gpu_check.py --read rows.json --write docs/kernels.md      # times, of a run with --json rows.json
 
 Needs a checkout with the dev extra (transformers is the oracle). Exit status: 0 all passed, 1 something failed, 2 the
 time was up before everything had run. Jobs (scripts/gpu_jobs.py) are processes: most of the time is spent compiling,
@@ -26,8 +27,18 @@ from typing import Any, NamedTuple
 JOBS = Path(__file__).resolve().parent / "gpu_jobs.py"
 ROOT = JOBS.parents[1]
 LAYOUTS = ((1, 1), (2, 1), (1, 2))
+ROUNDED = (
+    ("llama", 1, "--quantization", "int8"),
+    ("llama", 2, "--quantization", "int4"),
+    ("qwen3_moe", 1, "--quantization", "int4"),
+    ("llama", 2, "--quantization", "fp8"),
+    ("qwen3_moe", 1, "--quantization", "fp8"),
+    ("llama", 1, "--kv-cache-dtype", "fp8"),
+    ("gemma2", 2, "--kv-cache-dtype", "fp8"),
+)
+"""Models with few-bit weights or an FP8 cache: family, tensor size, setting."""
 SANITIZED = ("attention mixed float16", "attention uneven", "attention shared", "rope_kv_write")
-BEGIN, END = "<!-- report begins -->", "<!-- report ends -->"
+MARKS = "<!-- {} begins -->", "<!-- {} ends -->"
 Row = dict[str, Any]
 
 
@@ -49,6 +60,13 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
         for tp, pp in LAYOUTS
         if args.only in f"model {name} tp{tp} pp{pp}"
     ]
+    models += [
+        Job(f"model {name} tp{tp} {setting} {value}", ["model", name, "--tp", str(tp), setting, value, *common])
+        for name, tp, setting, value in ROUNDED
+        if name in families
+        and args.only in f"model {name} tp{tp} {setting} {value}"
+        and not (args.interpret and (tp > 1 or (setting, value) == ("--quantization", "fp8")))
+    ]
     only = ["--only", args.only]
     parts = [
         Job(f"kernels, part {part + 1} of {args.jobs}", ["kernels", "--part", str(part), "--of", str(args.jobs), *only])
@@ -64,7 +82,7 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
             Job(f"sanitizer: {only}", ["kernels", "--tiny", "--only", only, *common], wrapper=command)
             for only in SANITIZED
         ]
-    return [*jobs, Job("times", ["times", *only, *common], alone=True)]
+    return [*jobs, *(Job(kind, [kind, *only, *common], alone=True) for kind in ("times", "crossovers"))]
 
 
 def run(job: Job, deadline: float) -> list[Row]:
@@ -113,8 +131,11 @@ def run_all(jobs: list[Job], workers: int, deadline: float) -> list[Row]:
 
 def show(rows: list[Row]) -> str:
     """Times, what did not pass, and a line per kind of check."""
-    lines = [f"  {row['name']:60} {row['detail']}" for row in rows if row["check"] == "time"]
-    lines = ["", "times (medians)", *lines] if lines else []
+    timed = {kind: [row for row in rows if row["check"] == kind] for kind in ("time", "crossover")}
+    lines = []
+    for kind, mine in timed.items():
+        if mine:
+            lines += ["", f"{kind}s (medians)", *(f"  {row['name']:68} {row['detail']}" for row in mine)]
     lines += ["", f"{'check':28} {'passed':>7} {'failed':>7} {'not run':>8}   worst error of its limit"]
     for check in dict.fromkeys(row["check"] for row in rows):
         mine = [row for row in rows if row["check"] == check]
@@ -140,14 +161,32 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: Path, text: str) -> None:
-    """Put the report between the marks of a page. Raises ValueError when they are not there."""
-    page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path} has no lines {BEGIN!r} and {END!r} to put the report between")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+def times_markdown(rows: list[Row]) -> str:
+    """What was measured, one line per case, then ours beside the library's."""
+    times = [row for row in rows if row["check"] == "time"]
+    lines = [f"On one {times[0]['device']}:", "", "| case | us | GB/s | TFLOP/s |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['name']} | {row['microseconds']:.1f} | {row['gb_per_s']:.0f} | {row['tflop_per_s']:.1f} |"
+        for row in times
+    ]
+    lines += ["", "| contest | ours, us | library, us | library is slower by |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['name']} | {row['microseconds']:.1f} | {row['library_microseconds']:.1f} | "
+        f"{row['library_microseconds'] / row['microseconds']:.2f}x |"
+        for row in rows
+        if row["check"] == "crossover"
+    ]
+    return "\n".join(lines)
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Put the text between the marks of that name of a page. Raises ValueError when they are not there."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{path} has no lines {begin!r} and {end!r} to put the {name} between")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def family_names() -> list[str]:
@@ -162,7 +201,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="without a GPU")
     parser.add_argument("--report", action="store_true", help="compile reports as Markdown; no GPU needed")
-    parser.add_argument("--write", type=Path, help="with --report: put it between the marks of this page")
+    parser.add_argument("--read", type=Path, help="run nothing, take the rows that --json wrote")
+    parser.add_argument("--write", type=Path, help="with --report or --read: put it between the marks of this page")
     parser.add_argument(
         "--only", default="", help="checks whose kernel and name (or `model NAME tpN ppN`) contain this"
     )
@@ -172,8 +212,14 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=240.0)
     parser.add_argument("--json", type=Path, help="also write every row here")
     args = parser.parse_args()
-    if args.write is not None and not args.report:
-        parser.error("--write takes the report, which --report makes")
+    if args.write is not None and not args.report and args.read is None:
+        parser.error("--write takes the report, which --report makes, or times, which --read takes from a file")
+    if args.read is not None:
+        rows = json.loads(args.read.read_text())
+        if args.write is not None:
+            write_between(args.write, "times", times_markdown(rows))
+        print(show(rows))
+        return 0
     deadline = time.monotonic() + args.limit_s
     if args.report:
         jobs = [
@@ -188,7 +234,7 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.write is not None:
-        write_report(args.write, markdown(rows))
+        write_between(args.write, "report", markdown(rows))
     print(markdown(rows) if args.report else show(rows))
     if any(row["ok"] is False for row in rows):
         return 1

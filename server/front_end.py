@@ -75,7 +75,7 @@ class FrontEnd:
         self._seeds = random.Random(seed)
         self._numbers = itertools.count()
         self._own = f"request-{secrets.token_hex(4)}"  # ids nobody chooses, also beside other front ends of an engine
-        self._active: dict[str, list[str]] = {}
+        self._active: dict[str, tuple[list[str], list[SequenceOutput]]] = {}
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation; options as `ChatTemplates.render` has them. Prepare it with
@@ -170,7 +170,7 @@ class FrontEnd:
             SequenceOutput(k, prepared.sampling, self.tokenizer, prepared.prompt.token_ids, self.eos_token_ids)
             for k in range(len(prepared.parts))
         ]
-        self._active[prepared.request_id] = [part.request_id for part in prepared.parts]
+        self._active[prepared.request_id] = ([part.request_id for part in prepared.parts], sequences)
         try:
             if len(sequences) == 1:
                 updates = self._follow(prepared.parts[0], sequences[0], patient)
@@ -199,7 +199,13 @@ class FrontEnd:
         """End a request: its stream gets a last output with finish_reason "abort". Unknown or finished ids are no
         error.
         """
-        await self.client.abort(self._active.get(request_id, []))
+        part_ids, _ = self._active.get(request_id, ([], []))
+        await self.client.abort(part_ids)
+
+    def has_begun(self, request_id: str) -> bool:
+        """Whether a running request has given a token; False for one that does not run."""
+        _, sequences = self._active.get(request_id, ([], []))
+        return any(sequence.first_token_time is not None for sequence in sequences)
 
     async def _follow(self, part: Request, sequence: SequenceOutput, patient: bool) -> AsyncGenerator[None]:
         """Apply the deltas of one engine request, yielding after each; ends it at the engine when it ends here or is

@@ -183,6 +183,17 @@ def generate_on_ranks(
     return found[0]["entries"]
 
 
+def check_close(one: list[dict[str, Any]], many: list[dict[str, Any]], limit: float) -> None:
+    """Equal tokens; where a request first differs, both tokens were nearly as good, by one rank's own logprobs."""
+    for ours, theirs in zip(one, many, strict=True):
+        pairs = zip(ours["tokens"], theirs["tokens"], ours["logprobs"], strict=True)
+        for mine, other, entry in pairs:
+            if mine != other:
+                scores = dict(zip(entry[0], entry[1], strict=True))
+                assert other in scores and scores[mine] - scores[other] < limit, (mine, other, entry)
+                break
+
+
 def stepwise_logits(oracle: transformers.PreTrainedModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """The oracle's logits after the prompt and after each token but the last, fed one by one to its own cache."""
     out = oracle(torch.tensor([prompt]), use_cache=True)

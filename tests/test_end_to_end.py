@@ -137,6 +137,9 @@ def test_a_killed_rank_ends_its_group_is_named_and_replaced(caplog: pytest.LogCa
     with LLM("demo", tensor_parallel_size=2, deterministic=True) as llm, caplog.at_level("WARNING", "shoal"):
         before = llm.generate("import os", params, use_tqdm=False)[0].outputs[0].token_ids
         group = [child for child in psutil.Process().children(recursive=True) if "shoal-rank" in child.name()]
+        cores = psutil.Process().cpu_affinity()
+        if len(cores) >= 2:  # each keeps to its own
+            assert sorted(core for rank in group for core in rank.cpu_affinity()) == cores[: len(cores) // 2 * 2]
         next(child for child in group if child.name().startswith("shoal-rank-1")).kill()
         deadline = time.monotonic() + 60.0
         while "is ready again" not in caplog.text:

@@ -46,6 +46,25 @@ def test_kernels_compile_for_sm_80_and_sm_90_within_their_budgets(tmp_path: Path
     assert page.read_text().startswith("before") and "old" not in page.read_text() and only in page.read_text()
 
 
+def test_the_times_of_an_earlier_run_are_written_into_a_page(tmp_path: Path) -> None:
+    page, rows = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text("before\n<!-- times begins -->\nold\n<!-- times ends -->\nafter\n")
+    measured = {"ok": True, "detail": "", "device": "a card", "microseconds": 10.0}
+    rows.write_text(
+        json.dumps(
+            [
+                {"check": "time", "name": "norm", "gb_per_s": 900.0, "tflop_per_s": 0.5, **measured},
+                {"check": "crossover", "name": "dense 1", "library_microseconds": 25.0, **measured},
+            ]
+        )
+    )
+    command = [sys.executable, "scripts/gpu_check.py", "--read", str(rows), "--write", str(page)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text and "a card" in text
+    assert "| norm | 10.0 | 900 | 0.5 |" in text and "| dense 1 | 10.0 | 25.0 | 2.50x |" in text
+
+
 def test_who_waits_is_told_of_every_kernel_that_was_compiled() -> None:
     code = """
 import torch, triton
@@ -89,4 +108,4 @@ def test_what_has_no_time_to_run_is_said_to_have_not_run(tmp_path: Path) -> None
 def test_a_whole_model_runs_through_the_interpreter(tmp_path: Path) -> None:
     status, output, rows = gpu_check(tmp_path, "--interpret", "--only", "model llama")
     assert status == 0, output
-    assert sum(row["check"] == "model" for row in rows) == 3
+    assert sum(row["check"] == "model" for row in rows) == 5

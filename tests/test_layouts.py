@@ -50,6 +50,16 @@ def test_layout_gives_the_oracles_tokens(name: str, tp_size: int, pp_size: int, 
     check_layout(name, root, tp_size, pp_size)
 
 
+def test_sampled_tokens_are_one_ranks_with_log_probabilities_or_without(root: Path) -> None:
+    folder, drawn = make_model("gemma2", root), {"temperature": 0.9, "seed": 5, "presence_penalty": 0.4}
+    layouts = [(1, 1, {}), (3, 1, {}), (3, 1, {"logprobs": 2})]
+    found = [
+        [entry["tokens"] for entry in generate_on_ranks(folder, tp, pp, make_requests(prompts(3), **drawn, **more))]
+        for tp, pp, more in layouts
+    ]
+    assert all(tokens == found[0] for tokens in found[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp_size", "pp_size"), SLOW_LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)

@@ -27,7 +27,7 @@ SCRATCH_BYTES = 32 << 20  # most bytes of partial results of a call; part of cac
 MIN_SPLIT_KEYS = 256
 WAVES = 2  # programs per multiprocessor that splitting aims at
 ALL_KEYS = 1 << 30
-TMA_CAPABILITY = 90
+TMA_CAPABILITY = 90  # Hopper, whose tensor memory accelerator and wgmma want tiles of their own
 MERGE_HEADS = 4
 
 
@@ -40,10 +40,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, deterministic: bool) -> Tiles:
-    """dim: head_dim rounded up to a power of two; group: query heads of a key/value head; max_queries: of a row.
+def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, deterministic: bool, fp8: bool) -> Tiles:
+    """dim: head_dim rounded up to a power of two; group: query heads of a key/value head; max_queries: of a row; fp8:
+    the cache.
 
-    Chosen for 99 KiB of shared memory (all of sm_80 and up) and no spills: docs/kernels.md has the compile report.
+    Chosen for 99 KiB of shared memory (all of sm_80 and up) and no spills, which docs/kernels.md reports; those of a
+    head size of 128 on 9.0 by speed on an H200.
     float32 has no tensor cores here (exact products), so its tiles are small. Decode is bound by reading keys and
     values: 16 rows are the smallest tile of a tensor-core product.
     """
@@ -53,8 +55,16 @@ def choose_tiles(dtype: torch.dtype, dim: int, group: int, max_queries: int, det
     if deterministic:
         return Tiles(32, 32, 4, 2)
     if max_queries <= DECODE_QUERIES:
-        return Tiles(few, 64 if dim <= 128 else 32, 4, 3 if dim <= 128 else 2)
-    return Tiles(128, 64, 8, 3 if dim <= 64 else 2) if dim <= 128 else Tiles(64, 32, 8, 2)
+        if dim > 128:
+            return Tiles(few, 32, 4, 2)
+        return Tiles(few, 64, 4, 3) if fp8 else Tiles(few, 128, 4, 2)
+    if dim > 128:
+        return Tiles(64, 32, 8, 2)
+    if dim <= 64:
+        return Tiles(128, 64, 8, 3)
+    if capability() >= TMA_CAPABILITY:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(128, 32 if fp8 else 64, 8, 2)
 
 
 def capability() -> int:
@@ -132,7 +142,8 @@ class _Call:
 
     def tiles(self, max_queries: int) -> Tiles:
         """For rows of so many queries at most."""
-        return choose_tiles(self.q.dtype, self.dim, self.group, max_queries, self.deterministic)
+        fp8 = self.scales is not None
+        return choose_tiles(self.q.dtype, self.dim, self.group, max_queries, self.deterministic, fp8)
 
     def programs(self, plan: Pass) -> tuple[int, int]:
         """Tiles (an upper bound), and key/value heads times head tiles."""

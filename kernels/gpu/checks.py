@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from shoal.kernels.gpu.compile import Compiled, compiling_for
+from shoal.kernels.gpu.poison import poisoned_empty
 
 Scale = Literal["tiny", "full"]
 """tiny: a few small shapes that Triton's interpreter does in seconds; full: the grid for a GPU."""
@@ -39,8 +40,8 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One case with its inputs. run: the kernel into poisoned outputs; reference: float32; plain: torch in the same
-    dtype, None where the kernel must equal the reference exactly. bytes_moved, flops: what cannot be avoided.
+    """One case with its inputs. run: the kernel, which may overwrite its inputs; reference: float32; plain: torch in
+    the same dtype, None where the kernel must equal the reference exactly. bytes_moved, flops: what cannot be avoided.
     """
 
     run: Callable[[], Outputs]
@@ -89,14 +90,17 @@ def all_cases(scale: Scale, tables: Sequence[str] = TABLES) -> Iterator[Case]:
 
 
 def judge(trial: Trial) -> Verdict:
-    """Run a trial. The limit is twice plain torch's error, and never less than a rounding of the largest value; or
-    FLOAT32_ROUNDINGS of them in float32, where plain torch is the reference itself and sums in one of many orders."""
-    reference = trial.reference()
-    ours = trial.run()
+    """Run a trial, with whatever torch.empty gives poisoned. The limit is twice plain torch's error, and never less
+    than a rounding of the largest value; or FLOAT32_ROUNDINGS of them in float32, where plain torch is the reference
+    itself and sums in one of many orders.
+    """
+    reference, plain = trial.reference(), None if trial.plain is None else trial.plain()
+    with poisoned_empty():
+        ours = trial.run()
     error = greatest_difference(ours, reference)
-    if trial.plain is None:
+    if plain is None:
         return Verdict(error, 0.0, 0.0)
-    plain_error = greatest_difference(trial.plain(), reference)
+    plain_error = greatest_difference(plain, reference)
     types = [rounding(out.dtype) for out in ours]
     sizes = [float(out.abs().max()) if out.numel() and out.is_floating_point() else 0.0 for out in reference]
     floor = max((eps * size for eps, size in zip(types, sizes, strict=True)), default=0.0)

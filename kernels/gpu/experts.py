@@ -10,20 +10,22 @@ from shoal.kernels.gpu.activation import launch_activation
 from shoal.kernels.gpu.moe_align import launch_moe_align
 from shoal.kernels.gpu.moe_combine import launch_moe_combine
 from shoal.kernels.gpu.moe_gemm import BLOCK_ROWS_FIXED, launch_moe_gemm
-from shoal.kernels.gpu.tables import GROUPED_MM_ALIGNMENT, GROUPED_MM_ROWS
+from shoal.kernels.gpu.tables import GROUPED_MM_ALIGNMENT, GROUPED_MM_PRODUCTS
+from shoal.kernels.weight import Weight
 
 
 def takes_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, rows_per_expert: float) -> bool:
     """Whether torch's grouped_mm is the better product: by the table, where it takes the tensors at all."""
     aligned = all(size % GROUPED_MM_ALIGNMENT == 0 for size in (x.shape[1], down.shape[2]))
     dense = gate_up.is_contiguous() and down.is_contiguous()
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and dense and rows_per_expert >= GROUPED_MM_ROWS
+    large = rows_per_expert * down.shape[1] * down.shape[2] >= GROUPED_MM_PRODUCTS
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and dense and large
 
 
 def launch_experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
@@ -31,14 +33,19 @@ def launch_experts(
     *,
     deterministic: bool,
 ) -> torch.Tensor:
-    """x: [num_tokens, hidden]; gate_up: [num_experts, 2 columns, hidden]; down: [num_experts, hidden, columns];
-    weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held; kind: a value of
-    activation.KINDS. Returns [num_tokens, hidden], the sum over the experts held.
+    """x: [num_tokens, hidden]; gate_up: [num_experts, 2 columns, hidden]; down: [num_experts, hidden, columns], tensors
+    or rounded stacks; weights, ids: [num_tokens, top_k] float32, int64, over all experts; first: the first expert held;
+    kind: a value of activation.KINDS. Returns [num_tokens, hidden], the sum over the experts held.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
     weights, ids = weights.contiguous(), ids.contiguous()
     rows_per_expert = ids.numel() / max(num_experts, 1)
-    if not deterministic and takes_grouped_mm(x, gate_up, down, rows_per_expert):
+    if (
+        isinstance(gate_up, torch.Tensor)
+        and isinstance(down, torch.Tensor)
+        and not deterministic
+        and takes_grouped_mm(x, gate_up, down, rows_per_expert)
+    ):
         y = grouped_mm_experts(x, gate_up, down, ids, first, kind)
     else:
         wanted = max(triton.next_power_of_2(int(rows_per_expert)), 16)

@@ -29,14 +29,19 @@ order. So a row's products are added in one order however many rows there are. (
 number of rows either: one binary for all, and none to be compiled when a batch of a new size comes.)
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from shoal.kernels.gpu.fp8 import GROUP, as_bytes, from_e4m3
 
-BLOCK_N, BLOCK_K = 64, 64
-"""Columns and inner steps of a tile: 64 x 64 16-bit weights are 8 KiB a stage."""
+TILES = {"dense": (64, 64), "int8": (128, 128), "e4m3": (64, 128), "int4": (64, 128)}
+"""Columns and inner steps of a tile, 4 to 16 KiB of weights a stage: of those tried on an H200 the fastest, but for
+dense, which is only used when deterministic."""
+TILE_FLOAT32 = (64, 32)
+"""Of float32 inputs, whatever the weights: the plain cores' products keep their operands in registers."""
 ROWS_FIXED = 64
 """Rows of a tile when deterministic: one tile for any decode batch, and a full tensor-core tile for a prompt."""
 TARGET_PROGRAMS = 264
@@ -44,6 +49,8 @@ TARGET_PROGRAMS = 264
 MIN_STEPS = 4
 """Inner steps of a split at least: fewer do not pay for the workspace."""
 STAGES = 3
+ADDED_COLUMNS = 256
+"""Columns of a program that adds the parts of splits: four for each of 64 threads."""
 
 DENSE, INT8, E4M3, INT4 = 0, 1, 2, 3
 WEIGHTS = {"dense": DENSE, "int8": INT8, "e4m3": E4M3, "int4": INT4}
@@ -95,24 +102,22 @@ def product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
         start = step * BLOCK_K
+        k = start + tl.arange(0, BLOCK_K)
+        x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
         if WEIGHT == 3:
             pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            packed = tl.load(w_rows + pairs[:, None], mask=(2 * pairs < lead + inner)[:, None] & column_mask, other=0)
-            at = columns[None, :].to(tl.int64) * scale_stride + start // scale_columns
+            pair_mask = (2 * pairs < lead + inner)[None, :] & (columns < num_columns)[:, None]
+            w_at = w_ptr + columns[:, None].to(tl.int64) * w_stride + pairs[None, :]
+            packed = tl.load(w_at, mask=pair_mask, other=0)
+            w = tl.interleave((packed & 15).to(tl.int8), (packed >> 4).to(tl.int8))
+            at = columns.to(tl.int64) * scale_stride + start // scale_columns
             if HAS_ZERO:
-                zero = tl.load(zero_ptr + at, mask=column_mask, other=0).to(tl.int32)
+                w = w - tl.load(zero_ptr + at, mask=columns < num_columns, other=0).to(tl.int8)[:, None]
             else:
-                zero = tl.full((1, BLOCK_N), 8, tl.int32)
-            even = x_tile(x_ptr, rows, 2 * pairs - lead, inner, x_stride, row_mask, False)
-            odd = x_tile(x_ptr, rows, 2 * pairs + 1 - lead, inner, x_stride, row_mask, False)
-            low = ((packed & 15).to(tl.int32) - zero).to(even.dtype)
-            high = ((packed >> 4).to(tl.int32) - zero).to(even.dtype)
-            part = tl.dot(even, low, input_precision="ieee")
-            part = tl.dot(odd, high, part, input_precision="ieee")
-            acc += part * tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
+                w = w - 8
+            scale = tl.load(scale_ptr + at, mask=columns < num_columns, other=0.0).to(tl.float32)
+            acc += tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee") * scale[None, :]
         else:
-            k = start + tl.arange(0, BLOCK_K)
-            x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
             w = tl.load(w_rows + k[:, None], mask=(k < lead + inner)[:, None] & column_mask, other=0)
             if WEIGHT == 0:
                 acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -245,12 +250,68 @@ def add_parts_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def split_count(columns: int, inner: int, block_k: int) -> tuple[int, int]:
+def split_count(columns: int, inner: int, block_n: int, block_k: int) -> tuple[int, int]:
     """(splits, steps of each) of a weight's inner dimension: of its shape only, never of the number of rows."""
     steps = max(triton.cdiv(inner, block_k), 1)
-    wanted = max(TARGET_PROGRAMS // max(triton.cdiv(columns, BLOCK_N), 1), 1)
+    wanted = max(TARGET_PROGRAMS // max(triton.cdiv(columns, block_n), 1), 1)
     per_split = max(triton.cdiv(steps, wanted), min(MIN_STEPS, steps))
     return triton.cdiv(steps, per_split), per_split
+
+
+class Cut(NamedTuple):
+    """How a product is divided among programs. rows, columns, steps: a tile, and its inner steps; splits: ranges of the
+    inner dimension, of `span` tiles each; apart: each split is a program of its own and goes through the workspace.
+    """
+
+    rows: int
+    columns: int
+    steps: int
+    splits: int
+    span: int
+    apart: bool
+
+
+def cut_product(x: torch.Tensor, columns: int, inner: int, kind: str, group: int, *, deterministic: bool) -> Cut:
+    """inner: inputs, those before the first one included; group: inputs of a scale. Deterministic: of the weight alone,
+    but for `apart`, which changes no sum.
+    """
+    block_n, block_k = TILE_FLOAT32 if x.dtype == torch.float32 else TILES[kind]
+    if kind != "dense" and group < inner:
+        block_k = min(block_k, group)
+        assert block_k >= 32 and group % block_k == 0, (kind, group)
+    splits, span = split_count(columns, inner, block_n, block_k)
+    block_m = ROWS_FIXED if deterministic else min(max(triton.next_power_of_2(len(x)), 16), ROWS_FIXED)
+    return Cut(block_m, block_n, block_k, splits, span, splits > 1 and len(x) <= ROWS_FIXED)
+
+
+class Scales(NamedTuple):
+    """Scales as the kernels take them; where there are none, any tensor, which is not read. stride, x_stride: to the
+    next row's, 0 where one is for all; x_kind: 0 none, 1 of rows, 2 of GROUP elements of a row.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    x_scale: torch.Tensor
+    stride: int
+    x_stride: int
+    x_kind: int
+
+
+def kernel_scales(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    *,
+    grouped: bool,
+) -> Scales:
+    """launch_linear's arguments as Scales. grouped: the weight has several scales along its inputs."""
+    scales = weight if scale is None else scale
+    stride = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+    x_kind = 0 if x_scale is None else 2 if grouped or x_scale.shape[1] != 1 else 1
+    x_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
+    x_scales = scales if x_scale is None else x_scale
+    return Scales(scales, scales if zero is None else zero, x_scales, stride, x_stride, x_kind)
 
 
 def launch_linear(
@@ -273,64 +334,29 @@ def launch_linear(
     scale_block: weights that share one scale, (rows, columns); columns of a block are a power of two or all.
     x_scale: for e4m3 x, float32: [1, 1], [rows, 1] or, with weights in blocks, [rows, ceil(inner / GROUP)].
     """
-    num_rows, inner = x.shape
-    num_columns = weight.shape[0]
+    (num_rows, inner), columns = x.shape, weight.shape[0]
     assert x.stride(1) == 1 and weight.stride(1) == 1
     assert weight.shape[1] * (2 if kind == "int4" else 1) >= lead + inner and (lead == 0 or x_scale is None)
-    fp8 = x_scale is not None
-    block_k = BLOCK_K if kind == "dense" or scale_block[1] >= lead + inner else min(BLOCK_K, scale_block[1])
-    block_k = 32 if x.dtype == torch.float32 else block_k  # the plain cores' products keep their operands in registers
-    assert kind == "dense" or scale_block[1] >= lead + inner or (block_k >= 32 and scale_block[1] % block_k == 0)
-    y = torch.empty((num_rows, num_columns), dtype=out_dtype or x.dtype, device=x.device)
+    y = torch.empty((num_rows, columns), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    splits, per_split = split_count(num_columns, lead + inner, block_k)
-    block_m = ROWS_FIXED if deterministic else min(max(triton.next_power_of_2(num_rows), 16), ROWS_FIXED)
-    in_parts = splits > 1 and num_rows <= ROWS_FIXED
-    parts = torch.empty((splits, num_rows, num_columns) if in_parts else (0,), dtype=torch.float32, device=x.device)
-    x_scale_kind = 0 if x_scale is None else 1 if x_scale.shape[1] == 1 and inner > 0 and scale_block[1] >= inner else 2
-    scales = weight if scale is None else scale
-    x_scales = scales if x_scale is None else x_scale
-    x_scale_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
-    ends = {"X_SCALE": x_scale_kind, "HAS_BIAS": bias is not None}
-    grid = (triton.cdiv(num_columns, BLOCK_N), triton.cdiv(num_rows, block_m), splits if in_parts else 1)
+    cut = cut_product(x, columns, lead + inner, kind, scale_block[1], deterministic=deterministic)
+    scales = kernel_scales(weight, scale, zero, x_scale, grouped=scale_block[1] < inner or inner == 0)
+    biases, ends = scales.scale if bias is None else bias, {"X_SCALE": scales.x_kind, "HAS_BIAS": bias is not None}
+    parts = torch.empty((cut.splits if cut.apart else 0, num_rows, columns), dtype=torch.float32, device=x.device)
+    grid = triton.cdiv(columns, cut.columns), triton.cdiv(num_rows, cut.rows), cut.splits if cut.apart else 1
     linear_kernel[grid](
-        as_bytes(x) if fp8 else x,
-        as_bytes(weight) if kind == "e4m3" else weight,
-        scales,
-        scales if zero is None else zero,
-        x_scales,
-        scales if bias is None else bias,
-        y,
-        parts,
-        num_rows,
-        num_columns,
-        inner,
-        lead,
-        splits,
-        per_split,
-        x.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        0 if scale is None or scale.numel() == 1 else scale.stride(0),
-        x_scale_stride,
-        scale_block[0],
-        scale_block[1],
-        WEIGHT=WEIGHTS[kind],
-        HAS_ZERO=zero is not None,
-        PARTS=in_parts,
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=block_k,
-        GROUP_SIZE=GROUP,
+        x if x_scale is None else as_bytes(x), as_bytes(weight) if kind == "e4m3" else weight,
+        scales.scale, scales.zero, scales.x_scale, biases, y, parts,
+        num_rows, columns, inner, lead, cut.splits, cut.span, x.stride(0), weight.stride(0), y.stride(0),
+        scales.stride, scales.x_stride, *scale_block,
+        WEIGHT=WEIGHTS[kind], HAS_ZERO=zero is not None, PARTS=cut.apart, BLOCK_M=cut.rows, BLOCK_N=cut.columns,
+        BLOCK_K=cut.steps, GROUP_SIZE=GROUP, num_stages=STAGES, **ends,
         num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
-        num_stages=STAGES,
-        **ends,
-    )
-    if in_parts:
-        block = 256
-        add_parts_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            parts, x_scales, scales if bias is None else bias, y,
-            num_rows, num_columns, splits, y.stride(0), x_scale_stride, BLOCK=block, num_warps=2, **ends,
+    )  # fmt: skip
+    if cut.apart:
+        add_parts_kernel[(num_rows, triton.cdiv(columns, ADDED_COLUMNS))](
+            parts, scales.x_scale, biases, y, num_rows, columns, cut.splits, y.stride(0), scales.x_stride,
+            BLOCK=ADDED_COLUMNS, num_warps=2, **ends,
         )  # fmt: skip
     return y

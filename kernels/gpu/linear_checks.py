@@ -7,11 +7,13 @@ import torch.nn.functional as F
 
 from shoal.kernels.activation import KINDS
 from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
-from shoal.kernels.gpu.elementwise_checks import kind_of, poisoned
+from shoal.kernels.gpu.elementwise_checks import kind_of
 from shoal.kernels.gpu.experts import launch_experts
 from shoal.kernels.gpu.linear import launch_linear
 from shoal.kernels.gpu.moe_routing import launch_moe_routing
 from shoal.kernels.moe_routing import moe_routing_reference
+from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.weight import Weight
 
 BUDGET = Budget(registers=255, spill_bytes=0)
 FLOAT32_BUDGET = Budget(
@@ -52,7 +54,7 @@ def linear_case(
             return (launch_linear(x, weight, bias, deterministic=deterministic, **options),)
 
         return Trial(
-            run=poisoned(run),
+            run=run,
             reference=lambda: (F.linear(x.double(), values.double(), bias.double()).float(),),
             plain=lambda: (F.linear(x, values.to(dtype), bias),),
             bytes_moved=int(columns * inner * (BYTES[kind] or dtype.itemsize))
@@ -66,17 +68,35 @@ def linear_case(
     return Case(kernel="linear", name=name, dtype=dtype, make=make, budget=budget if big else None, measured=big)
 
 
+def few_bits(weight: torch.Tensor, bits: int) -> PlainWeight:
+    """A stack of experts rounded in groups."""
+    stack = PlainWeight.zeros(weight.shape, bits, 0, dtype=weight.dtype, device=weight.device)
+    for one, values in zip(stack.unstacked(), weight, strict=True):
+        one.put(0, values)
+    return stack
+
+
+def values_of(stack: Weight) -> torch.Tensor:
+    """The floats a stack stands for."""
+    assert isinstance(stack, PlainWeight)
+    return torch.stack([one.rows(torch.arange(one.shape[0], device=one.device)) for one in stack.unstacked()])
+
+
 def experts_case(
     tokens: int, experts: int, top_k: int, hidden: int, columns: int, dtype: torch.dtype,
-    *, deterministic: bool, first: int = 0, big: bool = False,
+    *, deterministic: bool, first: int = 0, bits: int | None = None, big: bool = False,
 ) -> Case:  # fmt: skip
-    """Routed gated experts from number `first` on."""
+    """Routed gated experts from number `first` on. bits: of their weights' codes, None for floats."""
 
     def make(device: torch.device) -> Trial:
         x = torch.randn(tokens, hidden, device=device).to(dtype)
         weights, ids = torch.softmax(torch.randn(tokens, experts, device=device), -1).topk(top_k)
         gate_up = (torch.randn(experts - first, 2 * columns, hidden, device=device) / hidden**0.5).to(dtype)
         down = (torch.randn(experts - first, hidden, columns, device=device) / columns**0.5).to(dtype)
+        held: tuple[Weight, Weight] = (gate_up, down)
+        if bits is not None:
+            held = few_bits(gate_up, bits), few_bits(down, bits)
+            gate_up, down = (values_of(weight) if x.device.type != "meta" else weight for weight in held)
 
         def torch_way(kind: torch.dtype) -> Outputs:
             wide = torch.float64 if kind == torch.float64 else torch.float32
@@ -89,19 +109,20 @@ def experts_case(
             return (out.to(kind),)
 
         def run() -> Outputs:
-            one = launch_experts(x, gate_up, down, weights, ids, first, KINDS["silu"], deterministic=deterministic)
+            one = launch_experts(x, *held, weights, ids, first, KINDS["silu"], deterministic=deterministic)
             return (one,)
 
-        busy = min(experts - first, tokens * top_k)
+        busy = (experts - first) * (1 - (1 - top_k / experts) ** tokens)  # experts that have a token, on average
         return Trial(
-            run=poisoned(run),
+            run=run,
             reference=lambda: torch_way(torch.float64),
             plain=lambda: torch_way(dtype),
-            bytes_moved=3 * busy * hidden * columns * dtype.itemsize + 2 * x.numel() * dtype.itemsize,
+            bytes_moved=int(busy * sum(part.nbytes for part in held) / (experts - first))
+            + 2 * x.numel() * dtype.itemsize,
             flops=6 * tokens * top_k * hidden * columns,
         )
 
-    mode = ", deterministic" if deterministic else ""
+    mode = (", deterministic" if deterministic else "") + (f", int{bits}" if bits else "")
     name = f"{tokens} tokens, {top_k} of {experts - first}/{experts}{mode}, {hidden} x {columns} {kind_of(dtype)}"
     return Case(kernel="experts", name=name, dtype=dtype, make=make, budget=BUDGET if big else None, measured=big)
 
@@ -120,7 +141,9 @@ def routing_case(tokens: int, experts: int, top_k: int, *, big: bool = False) ->
             weights, ids = torch.softmax(logits, -1).topk(top_k)
             return weights / weights.sum(-1, keepdim=True), ids
 
-        run = poisoned(lambda: launch_moe_routing(logits, top_k, normalize=True))
+        def run() -> Outputs:
+            return launch_moe_routing(logits, top_k, normalize=True)
+
         moved = 4 * logits.numel() + 12 * tokens * top_k
         return Trial(run=run, reference=reference, plain=plain, bytes_moved=moved, flops=10 * logits.numel())
 
@@ -140,6 +163,8 @@ def cases(scale: Scale) -> Iterator[Case]:
             yield linear_case(65, 640, 33, dtype, kind, deterministic=True)
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=False)
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=True, first=3)
+        yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=False, bits=8)
+        yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=True, first=3, bits=4)
     if scale == "full":
         bf16 = torch.bfloat16
         for dtype in types:
@@ -147,6 +172,7 @@ def cases(scale: Scale) -> Iterator[Case]:
                 for kind in BYTES:
                     yield linear_case(rows, 2304, 1000, dtype, kind, deterministic=rows == 300)
             yield experts_case(300, 64, 8, 512, 384, dtype, deterministic=False)
+            yield experts_case(300, 64, 8, 512, 384, dtype, deterministic=False, bits=4)
             yield experts_case(3000, 16, 4, 512, 384, dtype, deterministic=False)
         yield routing_case(4096, 128, 8, big=True)
         for rows in (1, 16, 64):
@@ -157,4 +183,6 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield linear_case(64, 1024, 1024, torch.float32, "dense", deterministic=True, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=False, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=True, big=True)
+        for bits in (8, 4):
+            yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=False, bits=bits, big=True)
         yield experts_case(4096, 128, 8, 2048, 768, bf16, deterministic=True, big=True)

@@ -4,7 +4,8 @@
     plain:  y[a] = h[a] w^T                                                w: [num_experts, columns, inner]
 
 a: an assignment. x, h, y: float32, bfloat16, float16, one dtype with w; products summed in float32, the gate applied
-before the one rounding. The gated product reads x through the order and never gathers it.
+before the one rounding. The gated product reads x through the order and never gathers it. Weights of fewer bits are
+those of gpu/linear.py, by its own inner loop, once for the gate and once for the other half.
 
 Must move: the weights of every expert that has a token, once; with few tokens that is nearly all. FLOPs: 2 per weight
 and assignment. A tile is block_rows x BLOCK_N (both halves for the gated product), over the whole inner dimension:
@@ -12,12 +13,20 @@ experts times column tiles fill the chip without a split. A row's sums have one 
 is BLOCK_ROWS_FIXED when deterministic.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.fp8_linear import quantize_rows
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.gpu.activation import activate
+from shoal.kernels.gpu.fp8 import GROUP, as_bytes
+from shoal.kernels.gpu.linear import WEIGHTS, finished, product
 from shoal.kernels.gpu.moe_align import Alignment
+from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.weight import Weight
 
 BLOCK_N, BLOCK_K, STAGES = 64, 64, 3
 BLOCK_ROWS_FIXED = 64
@@ -28,6 +37,8 @@ BLOCK_ROWS_FIXED = 64
 def moe_gemm_kernel(
     x_ptr,
     w_ptr,
+    scale_ptr,
+    x_scale_ptr,
     y_ptr,
     order_ptr,
     tile_experts_ptr,
@@ -35,18 +46,27 @@ def moe_gemm_kernel(
     num_assignments,
     num_columns,
     inner,
+    lead,
     divisor,
     x_stride,
     w_expert_stride,
     w_stride,
     y_stride,
+    scale_expert_stride,
+    scale_stride,
+    scale_columns,
+    WEIGHT: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile. divisor: assignments that read one row of x: top_k, or 1."""
+    """One tile. divisor: assignments that read one row of x: top_k, or 1. WEIGHT: as in linear.py, with its scales;
+    X_SCALE 1: x is e4m3 with a scale per row.
+    """
     tile = tl.program_id(1)
     if tile < tl.load(num_tiles_ptr):
         expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
@@ -59,40 +79,96 @@ def moe_gemm_kernel(
         up_offset = tl.cast(num_columns, tl.int64) * w_stride
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, inner, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_rows + k[None, :], mask=row_mask & (k < inner)[None, :], other=0.0)
-            w_mask = (k < inner)[:, None] & column_mask
-            w = tl.load(w_rows + k[:, None], mask=w_mask, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+        if WEIGHT > 0:
+            # what pads a tile is assignment num_assignments, of a row one past the last: no more is read than of x
+            rows, num_rows, steps = assignments // divisor, num_assignments // divisor, tl.cdiv(lead + inner, BLOCK_K)
+            w_at, scale_at = w_ptr + expert * w_expert_stride, scale_ptr + expert * scale_expert_stride
+            acc += product(
+                x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
+                w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M, BLOCK_N,
+                BLOCK_K, GROUP_SIZE,
+            )  # fmt: skip
+            acc = finished(acc, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
             if GATED:
-                w = tl.load(w_rows + up_offset + k[:, None], mask=w_mask, other=0.0)
-                up = tl.dot(x, w, up, input_precision="ieee")
+                w_at += up_offset
+                scale_at += tl.cast(num_columns, tl.int64) * scale_stride
+                up += product(
+                    x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
+                    w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M,
+                    BLOCK_N, BLOCK_K, GROUP_SIZE,
+                )  # fmt: skip
+                up = finished(up, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
+        else:
+            for start in range(0, inner, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                x = tl.load(x_rows + k[None, :], mask=row_mask & (k < inner)[None, :], other=0.0)
+                w_mask = (k < inner)[:, None] & column_mask
+                w = tl.load(w_rows + k[:, None], mask=w_mask, other=0.0)
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+                if GATED:
+                    w = tl.load(w_rows + up_offset + k[:, None], mask=w_mask, other=0.0)
+                    up = tl.dot(x, w, up, input_precision="ieee")
         if GATED:
             acc = activate(acc, KIND) * up
         y_at = y_ptr + assignments[:, None].to(tl.int64) * y_stride + columns[None, :]
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
 
 
+class Operands(NamedTuple):
+    """What the kernel reads. scales, x_scales: the codes and x themselves where there are none; lead, group: as
+    PlainWeight has them; block_k: inner steps of a tile.
+    """
+
+    x: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    x_scales: torch.Tensor
+    kind: str
+    lead: int
+    group: int
+    block_k: int
+
+
+def operands(x: torch.Tensor, weight: Weight) -> Operands:
+    """x and a stack of experts' weights as the kernel takes them; x is rounded where they are FP8."""
+    most = 32 if x.dtype == torch.float32 else BLOCK_K
+    if isinstance(weight, Fp8ChannelWeight):
+        codes, x_scales = quantize_rows(x, grouped=False)
+        inner = max(weight.shape[-1], 1)
+        return Operands(
+            as_bytes(codes), as_bytes(weight.codes), weight.scales, x_scales, weight.kind, 0, inner, BLOCK_K
+        )
+    if isinstance(weight, PlainWeight):
+        block_k = min(most, weight.group)
+        return Operands(x, weight.codes, weight.scales, x, weight.kind, weight.lead, weight.group, block_k)
+    assert isinstance(weight, torch.Tensor), type(weight)
+    return Operands(x, weight, weight, x, "dense", 0, most, most)
+
+
 def launch_moe_gemm(
-    x: torch.Tensor, weight: torch.Tensor, alignment: Alignment, top_k: int, kind: int | None = None
+    x: torch.Tensor, weight: Weight, alignment: Alignment, top_k: int, kind: int | None = None
 ) -> torch.Tensor:
     """Returns [num_assignments, columns]; rows of experts not aligned are left undefined.
 
-    x: [num_tokens, inner] with top_k choices each, or [num_assignments, inner] with top_k 1. kind: a value of
-    activation.KINDS for the gated product, None for the plain one.
+    x: [num_tokens, inner] with top_k choices each, or [num_assignments, inner] with top_k 1. weight: a tensor, or a
+    stack of PlainWeights or Fp8ChannelWeights. kind: a value of activation.KINDS for the gated product, None for the
+    plain one.
     """
     gated = kind is not None
-    _, rows, inner = weight.shape
+    rows, inner = weight.shape[-2:]
     columns = rows // 2 if gated else rows
-    assert x.stride(1) == 1 and weight.stride(2) == 1 and x.shape == (alignment.none // top_k, inner)
+    assert x.stride(1) == 1 and x.shape == (alignment.none // top_k, inner)
     y = torch.empty((alignment.none, columns), dtype=x.dtype, device=x.device)
     max_tiles = alignment.tile_experts.shape[0]
     if max_tiles == 0 or columns == 0:
         return y
+    given = operands(x, weight)
+    assert given.codes.stride(2) == 1
     moe_gemm_kernel[(triton.cdiv(columns, BLOCK_N), max_tiles)](
-        x,
-        weight,
+        given.x,
+        given.codes,
+        given.scales,
+        given.x_scales,
         y,
         alignment.order,
         alignment.tile_experts,
@@ -100,17 +176,24 @@ def launch_moe_gemm(
         alignment.none,
         columns,
         inner,
+        given.lead,
         top_k,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
+        given.x.stride(0),
+        given.codes.stride(0),
+        given.codes.stride(1),
         y.stride(0),
+        given.scales.stride(0),
+        given.scales.stride(1),
+        given.group,
+        WEIGHT=WEIGHTS[given.kind],
+        X_SCALE=int(given.x_scales is not given.x),
+        GROUP_SIZE=GROUP,
         KIND=kind or 0,
         GATED=gated,
         BLOCK_M=alignment.block_rows,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=32 if x.dtype == torch.float32 else BLOCK_K,
-        num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
+        BLOCK_K=given.block_k,
+        num_warps=8 if given.x.dtype == torch.float32 else 4,  # float32 operands lie in registers
         num_stages=STAGES,
     )
     return y

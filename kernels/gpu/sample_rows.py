@@ -11,7 +11,7 @@ from shoal.kernels.gpu.sampling import Biases, Choices, Penalties, launch_sample
 
 @dataclass(frozen=True, slots=True)
 class RowPenalties:
-    """prompt_seen: [vocab_size] bool; output_counts: [vocab_size] int32, on the logits' device; the rest as in
+    """prompt_seen: [num_tokens] bool; output_counts: [num_tokens] int32, on the logits' device; the rest as in
     penalties.py.
     """
 
@@ -42,15 +42,20 @@ class RowSampling:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
-def sample_rows(logits: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
-    """logits: [num_rows, vocab_size] float32, edited in place (biases, penalties). Returns [num_rows] int64."""
+def sample_rows(
+    logits: torch.Tensor, rows: Sequence[RowSampling], vocab_start: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits: [num_rows, num_tokens] float32, edited in place (biases, penalties): of the tokens from vocab_start on,
+    which are the whole vocabulary where a row filters. Returns the best tokens' values (logits over temperature plus
+    noise) [num_rows] float32 and ids [num_rows] int64.
+    """
     device = logits.device
     biases, penalties = bias_lists(rows, device), stacked_penalties(rows, device)
     temperature = floats([row.temperature for row in rows], device)
     limits = None
     if any(row.filters for row in rows):
         if biases is not None or penalties is not None:  # limits are of the edited logits
-            launch_sample(logits, biases, penalties, None)
+            launch_sample(logits, biases, penalties, None, vocab_start=vocab_start)
             biases = penalties = None
         limits = launch_logit_limits(
             logits,
@@ -62,7 +67,8 @@ def sample_rows(logits: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tens
     seeds, positions, sample_indices = (
         integers([getattr(row, name) for row in rows], device) for name in ("seed", "position", "sample_index")
     )
-    return launch_sample(logits, biases, penalties, Choices(temperature, seeds, positions, sample_indices, limits))[1]
+    choices = Choices(temperature, seeds, positions, sample_indices, limits)
+    return launch_sample(logits, biases, penalties, choices, vocab_start=vocab_start)
 
 
 def bias_lists(rows: Sequence[RowSampling], device: torch.device) -> Biases | None:

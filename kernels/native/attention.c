@@ -320,18 +320,28 @@ int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_
 
 void attention_end(AttentionWork *w) { free(w->heads), free(w->runs); }
 
-/* Called by every thread of a team. Returns 0, or -1 when this thread has no memory: the result is then not whole. */
-int attention_team(const AttentionWork *w, int64_t *next) {
+INLINE int64_t scratch_width(const AttentionWork *w) { return (w->a.head_dim + LANES - 1) / LANES * LANES; }
+INLINE int64_t scratch_rows(const AttentionWork *w) { return (w->run * w->most + LANES - 1) / LANES * LANES; }
+
+int64_t attention_scratch_bytes(const AttentionWork *w) {
+    const int64_t width = scratch_width(w), rows = scratch_rows(w);
+    return (int64_t)sizeof(float) * (2 * rows * width + 2 * rows + 2 * TILE * width + rows * TILE);
+}
+
+float *make_attention_scratch(int64_t bytes) {
+    float *scratch = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
+    if (scratch) memset(scratch, 0, (size_t)bytes); /* parts no key was put into are multiplied, and masked afterwards */
+    return scratch;
+}
+
+void attention_team(const AttentionWork *w, int64_t *next, float *scratch) {
     const Attention *a = &w->a;
     void (*attend)(const Attention *, Scratch *, int64_t, int64_t, int64_t, int64_t) =
         w->type == F32 ? attend_f32 : w->type == BF16 ? attend_bf16 : attend_f16;
-    const int64_t width = (a->head_dim + LANES - 1) / LANES * LANES, rows = (w->run * w->most + LANES - 1) / LANES * LANES;
-    float *buffer = aligned_alloc(64, sizeof(float) * (size_t)(2 * rows * width + 2 * rows + 2 * TILE * width + rows * TILE));
-    if (!buffer) return -1;
-    Scratch s = {.width = width, .q = buffer};
+    const int64_t width = scratch_width(w), rows = scratch_rows(w);
+    Scratch s = {.width = width, .q = scratch};
     s.o = s.q + rows * width, s.largest = s.o + rows * width, s.total = s.largest + rows, s.turned = s.total + rows;
     s.widened = s.turned + TILE * width, s.scores = s.widened + TILE * width;
-    memset(s.turned, 0, sizeof(float) * (size_t)(TILE * width)); /* parts no key was put into are multiplied, and masked afterwards */
     for (;;) { /* the last queries of a prompt see most keys: they go first */
         const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
         if (i >= w->num_runs * a->num_kv_heads) break;
@@ -339,8 +349,6 @@ int attention_team(const AttentionWork *w, int64_t *next) {
         const int64_t end = a->cu_seqlens_q[run[0] + 1], stop = run[1] + w->run < end ? run[1] + w->run : end;
         attend(a, &s, run[0], run[1], stop, i % a->num_kv_heads);
     }
-    free(buffer);
-    return 0;
 }
 
 /* q [num_tokens, num_heads, head_dim] with rows q_stride elements apart; caches [num_blocks, block_size, num_kv_heads, head_dim], contiguous,
@@ -358,7 +366,12 @@ int shoal_paged_attention(int type, const void *q, int64_t q_stride, const void 
     for (int64_t row = 0; row < num_rows; row++) pairs += (int64_t)seq_lens[row] * (cu_seqlens_q[row + 1] - cu_seqlens_q[row]);
     if (!status) {
 #pragma omp parallel if (work.num_runs * num_kv_heads > 1 && pairs * num_heads * head_dim > 65536) reduction(| : status)
-        status |= attention_team(&work, &next);
+        {
+            float *scratch = make_attention_scratch(attention_scratch_bytes(&work));
+            if (scratch) attention_team(&work, &next, scratch);
+            else status = -1;
+            free(scratch);
+        }
     }
     attention_end(&work);
     return status ? -1 : 0;

@@ -22,7 +22,12 @@ typedef struct {
 } AttentionWork;
 
 int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_t *q_to_kv, int64_t num_rows);
-int attention_team(const AttentionWork *w, int64_t *next);
+/* Bytes a thread works in. */
+int64_t attention_scratch_bytes(const AttentionWork *w);
+/* What a thread works in, to be given to free; null without memory. */
+float *make_attention_scratch(int64_t bytes);
+/* Called by every thread of a team, each with its own scratch; next: a counter at 0, shared by the team. */
+void attention_team(const AttentionWork *w, int64_t *next, float *scratch);
 void attention_end(AttentionWork *w);
 
 #endif

@@ -1,8 +1,10 @@
-/* The two halves of a decoder layer, each as one team of threads: from the residual stream to the part of the sum that ranks reduce.
+/* The two halves of a decoder layer, each as one team of threads: from the residual stream to the part of the sum that ranks reduce; and
+ * whole layers, where nobody has to be asked in between.
  *
  * The same operations as one by one, in the same order, with barriers where a call would have begun; called from kernels/fused.py.
  */
 #include <omp.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "attention.h"
@@ -43,14 +45,16 @@ typedef struct {
     int64_t table_stride, num_rows, num_tokens, block_size;
 } Step;
 
-/* Rows of x normalised into out, shared by the team; where nothing normalises, x itself. Returns where the rows are. */
-static const void *normalise(const Norm *n, int type, const void *x, void *out, int64_t rows) {
-    if (!n->weight) return x;
-    const int64_t step = n->size * element_size(type);
+/* x + branch, in place, where there is a branch; then rows of x normalised into out, shared by the team. Returns where the rows are. */
+static const void *normalise(const Norm *n, int type, void *x, const void *branch, void *out, int64_t rows, int64_t width) {
+    if (!n->weight && !branch) return x;
+    const int64_t step = width * element_size(type);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < rows; t++)
-        rms_norm_row(type, (const char *)x + t * step, n->weight, (char *)out + t * step, n->size, n->eps, n->offset);
-    return out;
+    for (int64_t t = 0; t < rows; t++) {
+        if (branch) add_row(type, (char *)x + t * step, (const char *)branch + t * step, width);
+        if (n->weight) rms_norm_row(type, (char *)x + t * step, n->weight, (char *)out + t * step, n->size, n->eps, n->offset);
+    }
+    return n->weight ? out : x;
 }
 
 /* One token's heads: queries and keys normalised and rotated, keys and values put into the cache. */
@@ -66,57 +70,127 @@ static void place_token(const Mixer *m, int type, char *heads, const float *cos_
     memcpy(v_cache + slot * row, keys + row, (size_t)row);
 }
 
+/* Elements of scratch for a token. */
+INLINE int64_t mixer_width(const Mixer *m) {
+    return m->qkv.inner + (2 * m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
+}
+INLINE int64_t feed_forward_width(const FeedForward *f) { return f->up.inner + f->up.columns + f->down.inner; }
+
+/* Where attention finds what the mixer leaves in scratch. Returns 0, or -1 without memory. */
+static int begin_mixer(AttentionWork *work, const Mixer *m, const Step *s, const void *k_cache, const void *v_cache, char *scratch) {
+    const int64_t size = element_size(m->qkv.type), width = (m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
+    char *qkv = scratch + s->num_tokens * m->qkv.inner * size;
+    const Attention a = {.q = qkv, .k_cache = k_cache, .v_cache = v_cache, .out = qkv + s->num_tokens * width * size,
+                         .block_table = s->block_table, .cu_seqlens_q = s->cu_seqlens_q, .seq_lens = s->seq_lens,
+                         .sinks = m->sinks, .q_stride = width, .table_stride = s->table_stride, .num_heads = m->num_heads,
+                         .num_kv_heads = m->num_kv_heads, .head_dim = m->head_dim, .block_size = s->block_size,
+                         .window = m->window, .scale = m->scale, .softcap = m->softcap};
+    return attention_begin(work, &a, m->qkv.type, m->q_to_kv, s->num_rows);
+}
+
+/* Called by every thread of a team: out = the mixer of the norm of x (+ branch, which x then has; branch may be out). next: 3 counters at
+ * 0. No barrier at the end. */
+static void mixer_team(const Mixer *m, const Step *s, const AttentionWork *work, void *x, const void *branch, const float *cos_sin,
+                       void *k_cache, void *v_cache, char *scratch, float *attention, void *out, int64_t *next) {
+    const int type = m->qkv.type, team = omp_get_num_threads();
+    const int64_t size = element_size(type), hidden = m->qkv.inner, width = work->a.q_stride;
+    char *qkv = (char *)work->a.q;
+    const Rows in = {normalise(&m->norm, type, x, branch, scratch, s->num_tokens, hidden), qkv, hidden, width, s->num_tokens};
+    multiply(&m->qkv, &in, &next[0], team);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < s->num_tokens; t++)
+        place_token(m, type, qkv + t * width * size, cos_sin ? cos_sin + t * m->rotary_dim : 0, k_cache, v_cache, s->slots[t]);
+    if (attention) attention_team(work, &next[1], attention);
+#pragma omp barrier
+    const Rows up = {work->a.out, out, m->num_heads * m->head_dim, hidden, s->num_tokens};
+    multiply(&m->out, &up, &next[2], team);
+}
+
+/* Likewise; next: 2 counters. */
+static void feed_forward_team(const FeedForward *f, void *x, const void *branch, char *scratch, void *out, int64_t rows, int64_t *next) {
+    const int type = f->up.type, team = omp_get_num_threads();
+    const int64_t size = element_size(type), hidden = f->up.inner, wide = f->up.columns, inner = f->down.inner;
+    char *up = scratch + rows * hidden * size, *active = up + rows * wide * size;
+    const Rows in = {normalise(&f->norm, type, x, branch, scratch, rows, hidden), up, hidden, wide, rows};
+    multiply(&f->up, &in, &next[0], team);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < rows; t++)
+        activation_row(type, f->kind, f->gated, up + t * wide * size, active + t * inner * size, inner);
+    const Rows last = {active, out, inner, hidden, rows};
+    multiply(&f->down, &last, &next[1], team);
+}
+
 /* x [num_tokens, hidden], out alike, contiguous; cos_sin [num_tokens, rotary_dim] or null; caches [blocks, block_size, num_kv_heads,
- * head_dim]; scratch: num_tokens times (hidden + (2 num_heads + 2 num_kv_heads) head_dim) elements. Returns 0, or -1 without memory. */
-int shoal_fused_mixer(const Mixer *m, const Step *s, const void *x, const float *cos_sin, void *k_cache, void *v_cache, char *scratch,
-                      void *out, int threads) {
-    const int type = m->qkv.type;
-    const int64_t size = element_size(type), hidden = m->qkv.inner, heads = m->num_heads + 2 * m->num_kv_heads, width = heads * m->head_dim;
-    char *normed = scratch, *qkv = normed + s->num_tokens * hidden * size, *attended = qkv + s->num_tokens * width * size;
-    const Attention a = {.q = qkv, .k_cache = k_cache, .v_cache = v_cache, .out = attended, .block_table = s->block_table,
-                         .cu_seqlens_q = s->cu_seqlens_q, .seq_lens = s->seq_lens, .sinks = m->sinks, .q_stride = width,
-                         .table_stride = s->table_stride, .num_heads = m->num_heads, .num_kv_heads = m->num_kv_heads,
-                         .head_dim = m->head_dim, .block_size = s->block_size, .window = m->window, .scale = m->scale,
-                         .softcap = m->softcap};
+ * head_dim]; scratch: num_tokens times mixer_width elements. Returns 0, or -1 without memory. */
+int shoal_fused_mixer(const Mixer *m, const Step *s, void *x, const float *cos_sin, void *k_cache, void *v_cache, char *scratch, void *out,
+                      int threads) {
     AttentionWork work;
     int64_t next[3] = {0};
-    int status = attention_begin(&work, &a, type, m->q_to_kv, s->num_rows);
+    int status = begin_mixer(&work, m, s, k_cache, v_cache, scratch);
     if (!status) {
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : status)
         {
-            const int team = omp_get_num_threads();
-            const Rows in = {normalise(&m->norm, type, x, normed, s->num_tokens), qkv, hidden, width, s->num_tokens};
-            multiply(&m->qkv, &in, &next[0], team);
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < s->num_tokens; t++)
-                place_token(m, type, qkv + t * width * size, cos_sin ? cos_sin + t * m->rotary_dim : 0, k_cache, v_cache, s->slots[t]);
-            status |= attention_team(&work, &next[1]);
-#pragma omp barrier
-            const Rows up = {attended, out, m->num_heads * m->head_dim, hidden, s->num_tokens};
-            multiply(&m->out, &up, &next[2], team);
+            float *attention = make_attention_scratch(attention_scratch_bytes(&work));
+            mixer_team(m, s, &work, x, 0, cos_sin, k_cache, v_cache, scratch, attention, out, next);
+            status |= attention ? 0 : -1;
+            free(attention);
         }
     }
     attention_end(&work);
     return status ? -1 : 0;
 }
 
-/* x [rows, hidden], out alike, contiguous; scratch: rows times (hidden + up.columns + down.inner) elements. */
-void shoal_fused_feed_forward(const FeedForward *f, const void *x, char *scratch, void *out, int64_t rows, int threads) {
-    const int type = f->up.type;
-    const int64_t size = element_size(type), hidden = f->up.inner, wide = f->up.columns, inner = f->down.inner;
-    char *normed = scratch, *up = normed + rows * hidden * size, *active = up + rows * wide * size;
+/* x [rows, hidden], out alike, contiguous; scratch: rows times feed_forward_width elements. */
+void shoal_fused_feed_forward(const FeedForward *f, void *x, char *scratch, void *out, int64_t rows, int threads) {
     int64_t next[2] = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int team = omp_get_num_threads();
-        const Rows in = {normalise(&f->norm, type, x, normed, rows), up, hidden, wide, rows};
-        multiply(&f->up, &in, &next[0], team);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows; t++)
-            activation_row(type, f->kind, f->gated, up + t * wide * size, active + t * inner * size, inner);
-        const Rows last = {active, out, inner, hidden, rows};
-        multiply(&f->down, &last, &next[1], team);
+    feed_forward_team(f, x, 0, scratch, out, rows, next);
+}
+
+/* A whole layer, mirrored by kernels/fused.py. step, rotation: its entries in what shoal_fused_layers is given; rotation -1: none. */
+typedef struct {
+    const Mixer *mixer;
+    const FeedForward *feed_forward;
+    void *k_cache, *v_cache;
+    int64_t step, rotation;
+} Layer;
+
+enum { COUNTERS = 5 };
+
+/* Layers one after the other, each of x + branch, in one team: x is left as the sum that the last feed-forward saw, branch as what it gave.
+ * x, branch [num_tokens, hidden], contiguous, branch used only if has_branch; steps, cos_sins: see Layer; scratch: num_tokens times the
+ * most that one of the halves takes. Returns 0, or -1 without memory. */
+int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *const *steps, const float *const *cos_sins, void *x, void *branch,
+                       int has_branch, char *scratch, int threads) {
+    AttentionWork *works = calloc((size_t)num_layers, sizeof *works);
+    int64_t *next = calloc((size_t)num_layers * COUNTERS, sizeof *next), most = 0;
+    int status = works && next ? 0 : -1;
+    for (int64_t i = 0; i < num_layers && !status; i++) {
+        const Layer *l = &layers[i];
+        status = begin_mixer(&works[i], l->mixer, steps[l->step], l->k_cache, l->v_cache, scratch);
+        const int64_t bytes = attention_scratch_bytes(&works[i]);
+        most = bytes > most ? bytes : most;
     }
+    if (!status) {
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : status)
+        {
+            float *attention = make_attention_scratch(most);
+            for (int64_t i = 0; i < num_layers; i++) {
+                const Layer *l = &layers[i];
+                const Step *s = steps[l->step];
+                mixer_team(l->mixer, s, &works[i], x, i || has_branch ? branch : 0, l->rotation < 0 ? 0 : cos_sins[l->rotation], l->k_cache,
+                           l->v_cache, scratch, attention, branch, next + i * COUNTERS);
+#pragma omp barrier
+                feed_forward_team(l->feed_forward, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3);
+#pragma omp barrier
+            }
+            status |= attention ? 0 : -1;
+            free(attention);
+        }
+    }
+    for (int64_t i = 0; works && i < num_layers; i++) attention_end(&works[i]);
+    free(works), free(next);
+    return status ? -1 : 0;
 }

@@ -8,6 +8,8 @@
 void rms_norm_row(int type, const void *x, const void *weight, void *out, int64_t size, float eps, float offset);
 /* num_heads heads, head_stride elements apart; cos_sin [rotary_dim]. */
 void rope_row(int type, void *x, int64_t head_stride, const float *cos_sin, int64_t num_heads, int64_t rotary_dim);
+/* x += y, rounded once. */
+void add_row(int type, void *x, const void *y, int64_t size);
 /* kind: activation.c; x [size], or with gated [2 * size]; out [size]. */
 void activation_row(int type, int kind, int gated, const void *x, void *out, int64_t size);
 

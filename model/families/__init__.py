@@ -60,6 +60,7 @@ def build_spec(config: dict[str, Any], where: str = "config.json") -> tuple[Deco
     family = load_family(config, where)
     reader = HfConfig(config, where)
     spec = family.spec(reader)
+    reader.ignore("quantization_config", "compression_config")  # refuse_quantised lets only those of the cache pass
     reader.finish()
     return spec, family
 

@@ -227,6 +227,38 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     core.add(make_request("c", [1]))
 
 
+def test_a_request_that_would_wait_too_long_is_refused_with_a_time_to_come_back() -> None:
+    core = make_core(max_num_seqs=2, max_queue_wait_s=1e-9)
+    core.add(make_request("a", [1], 30, ignore_eos=True))
+    core.add(make_request("b", [1], 10, ignore_eos=True))
+    core._queue_wait.observe(0.01)
+    with pytest.raises(QueueFull):  # those two have the seats, although no step has given them to them yet
+        core.add(make_request("c", [1]))
+    core.step()
+    with pytest.raises(QueueFull, match=r"would wait .* s for its turn.*scheduler.max_queue_wait_s") as caught:
+        core.add(make_request("c", [1]))
+    assert caught.value.retry_after_s > 0
+    core.abort(["b"])
+    core.add(make_request("c", [1]))
+    with pytest.raises(QueueFull):
+        core.add(make_request("d", [1]))
+
+
+def test_the_expected_wait_is_until_enough_running_requests_have_ended() -> None:
+    core = make_core(max_num_seqs=2)
+    wait = core._queue_wait
+    core.add(make_request("a", [1], 30, ignore_eos=True))
+    core.add(make_request("b", [1], 10, ignore_eos=True))
+    core.step()
+    wait._step_s = 0.5
+    running = {seq.request_id: core.scheduler.admission.remaining(seq) for seq in core.scheduler.running}
+    assert wait.expected_s() == 0.5 * min(running.values())
+    core.add(make_request("c", [1]))
+    assert wait.expected_s() == 0.5 * max(running.values())
+    core.add(make_request("d", [1]))
+    assert wait.expected_s() == 0.5 * (min(running.values()) + core.scheduler.admission.mean_output)
+
+
 @pytest.mark.parametrize("steps_before", range(4))
 def test_an_aborted_request_ends_and_gives_its_blocks_back(steps_before: int) -> None:
     core = make_core(make_capacity(max_in_flight=2), max_num_batched_tokens=4)

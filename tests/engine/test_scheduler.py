@@ -154,9 +154,9 @@ def test_priority_is_kept_when_blocks_run_out() -> None:
 
 def test_chunks_of_one_prompt_are_in_flight_at_once() -> None:
     bench = Bench(make_capacity(num_blocks=200, max_model_len=600, max_in_flight=4), max_num_batched_tokens=512)
-    bench.add("a", [1] * 400)
+    bench.add("a", [1] * 240)
     rows = [bench.launch().rows[0] for _ in range(4)]
-    assert [(row.num_computed_tokens, row.num_tokens) for row in rows] == [(0, 100), (100, 100), (200, 100), (300, 100)]
+    assert [(row.num_computed_tokens, row.num_tokens) for row in rows] == [(0, 64), (64, 64), (128, 64), (192, 48)]
     assert bench.scheduler.schedule() is None, "its first token is not known yet"
     assert [len(bench.take()) for _ in range(4)] == [0, 0, 0, 1]
 

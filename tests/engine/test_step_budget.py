@@ -4,7 +4,7 @@ from typing import Any
 
 from shoal.configs.schema import SchedulerConfig
 from shoal.engine.cost_model import CostModel, StepLoad
-from shoal.engine.step_budget import MIN_PREFILL, MIN_SLICE, PROBE, StepBudget
+from shoal.engine.step_budget import MIN_PREFILL, MIN_SLICE, PROBE, SLICES, StepBudget
 
 
 def make(
@@ -46,8 +46,8 @@ def test_the_prefill_share_holds_only_beside_decoding() -> None:
 
 
 def test_stages_divide_prompts_and_decode_rows() -> None:
-    budget = make(max_in_flight=4, prefill=800)
-    assert budget.chunk(800, 0) == 200
+    budget = make(max_in_flight=4, prefill=1600)
+    assert budget.chunk(1600, 0) == 1600 / (4 * SLICES)
     for taken in range(3):
         assert budget.has_room_for_decode(), taken
         budget.take_decode(1.0, 5)
@@ -56,6 +56,8 @@ def test_stages_divide_prompts_and_decode_rows() -> None:
 
 def test_slices_are_not_smaller_than_they_are_worth() -> None:
     assert make(max_in_flight=4, prefill=80).chunk(80, 0) == MIN_SLICE
+    dear_steps = linear_cost(base_s=0.03)  # as long as 300 prompt tokens take
+    assert 290 <= make(cost=dear_steps, max_in_flight=4, prefill=1000).chunk(1000, 0) <= 310
 
 
 def test_the_time_limit_cuts_prefill_to_what_fits_beside_decoding() -> None:

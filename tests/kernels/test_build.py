@@ -49,6 +49,20 @@ def test_builds_loads_and_becomes_the_choice_of_the_process(sandbox):
     assert build.load_native("off") is None and build.native_library() is None
 
 
+def test_a_terminal_sees_how_far_the_build_is_and_nobody_else(sandbox, monkeypatch, capsys):
+    (sandbox / "other.c").write_text("int shoal_other(void) { return 1; }\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    build.build_native("require")
+    written = capsys.readouterr().err
+    assert ": 1 of 2" in written and ": 2 of 2" in written and written.endswith("\r\x1b[2K")
+    build.build_native("require")
+    assert capsys.readouterr().err == "", "it is there already"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    (sandbox / "other.c").write_text("int shoal_other(void) { return 2; }\n")
+    build.build_native("require")
+    assert capsys.readouterr().err == ""
+
+
 def test_is_built_once_per_content(sandbox):
     first = build.build_native("require")
     stamp = first.path.stat().st_mtime_ns

@@ -11,6 +11,8 @@ from shoal.kernels.fp8_linear import (
     quantize_weight,
     scaled_mm,
 )
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
+from shoal.kernels.linear import linear
 
 SCALINGS = ["tensor", "channel", "block"]
 
@@ -66,6 +68,25 @@ def test_scaled_mm_is_the_same_product_in_bfloat16() -> None:
         codes, scales = quantize_rows(x, grouped=False)
         got = scaled_mm(codes, scales, stored, bias, torch.float32)
         torch.testing.assert_close(got, fp8_linear_reference(codes, scales, stored, bias), rtol=1e-2, atol=0.1)
+
+
+def test_slices_of_a_channel_weight_have_the_codes_and_scales_of_the_whole(path: str) -> None:
+    torch.manual_seed(3)
+    values, x, bias = torch.randn(40, 96), torch.randn(5, 96), torch.randn(40)
+    whole = quantize_weight(values, "channel")
+    for first, stop in ((0, 96), (0, 33), (33, 96)):
+        part = Fp8ChannelWeight((40, stop - first), first, dtype=torch.float32, device=torch.device("cpu"))
+        part.put(0, values[:17])
+        part.put(17, values[17:])
+        assert torch.equal(part.scales, whole.scales) and part.nbytes == 40 * (stop - first + 4)
+        assert torch.equal(part.codes.float(), whole.codes[:, first:stop].float())
+        ids = torch.tensor([[3, 0]])
+        assert torch.equal(part.rows(ids), whole.dequantize()[ids, first:stop])
+        got = linear(x[:, first:stop], part, bias, deterministic=True)
+        exact = x[:, first:stop] @ values[:, first:stop].t() + bias
+        assert (got - exact).norm() / exact.norm() < 0.06
+    with pytest.raises(ValueError, match=r"x is torch.float16, weight torch.float32"):
+        linear(x[:, 33:].half(), part, deterministic=True)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

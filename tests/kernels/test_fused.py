@@ -9,7 +9,7 @@ import torch
 from shoal.kernels.activation import activation, gated_activation
 from shoal.kernels.attention import paged_attention
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedNorm, make_step
+from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedNorm, make_step
 from shoal.kernels.kv_write import kv_write
 from shoal.kernels.linear import linear
 from shoal.kernels.rms_norm import rms_norm
@@ -113,3 +113,42 @@ def test_feed_forward_gives_the_bits_of_its_operations(dtype, kind, gated, rows,
         normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
         active = (gated_activation if gated else activation)(linear(normed, up, bias, deterministic=True), kind)
         assert torch.equal(got, linear(active, down, deterministic=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_layers_give_the_bits_of_their_halves(dtype, with_branch, threads):
+    """Three layers of two cache groups, one of them without positions."""
+    native, drawn = library(), Drawn(dtype)
+    hidden, inner, q_heads, kv_heads, dim, rotary, block_size = 48, 77, 4, 2, 16, 8, 4
+    table, cu, lengths, slots, num_blocks = step_tensors(block_size)
+    tables = [table, table.flip(0)]  # the steps point into them
+    steps = [make_step(one, cu, lengths, slots, block_size) for one in tables]
+    cos_sins = [torch.randn(len(slots), rotary)]
+    layers = []
+    for group, rotation in ((0, 0), (1, None), (0, 0)):
+        mixer = FusedMixer(
+            native, FusedNorm(drawn(hidden), 1e-5), PackedWeight(native, drawn((q_heads + 2 * kv_heads) * dim, hidden)),
+            None, PackedWeight(native, drawn(hidden, q_heads * dim, scale=0.1)), num_heads=q_heads,
+            num_kv_heads=kv_heads, rotary_dim=0 if rotation is None else rotary, scale=0.3,
+            q_to_kv=torch.tensor([0, 0, 1, 1], dtype=torch.int32),
+        )  # fmt: skip
+        up, down = PackedWeight(native, drawn(2 * inner, hidden)), PackedWeight(native, drawn(hidden, inner, scale=0.1))
+        feed_forward = FusedFeedForward(native, FusedNorm(drawn(hidden), 1e-5), up, None, down, kind="silu")
+        caches = [drawn(num_blocks, block_size, kv_heads, dim) for _ in range(2)]
+        layers.append(FusedLayer(mixer, feed_forward, *caches, group, rotation))
+    x, branch = drawn(len(slots), hidden), drawn(len(slots), hidden) if with_branch else None
+
+    want, want_branch, want_caches = x.clone(), None if branch is None else branch.clone(), []
+    for layer in layers:
+        want = want if want_branch is None else want + want_branch
+        cos_sin = None if layer.rotation is None else cos_sins[layer.rotation]
+        keys, values = layer.keys.clone(), layer.values.clone()
+        want = want + layer.mixer(want, cos_sin, steps[layer.group], keys, values)
+        want_branch = layer.feed_forward(want)
+        want_caches.append((keys, values))
+    got, got_branch = FusedLayers(native, layers)(x, branch, cos_sins, steps)
+    assert want_branch is not None and want_branch.isfinite().all()
+    assert torch.equal(got, want) and torch.equal(got_branch, want_branch)
+    for layer, (keys, values) in zip(layers, want_caches, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)

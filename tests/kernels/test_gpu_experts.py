@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from shoal.kernels.activation import KINDS, gated_activation_reference
+from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.moe_routing import moe_routing_reference
+from shoal.kernels.plain_weight import PlainWeight
 from tests.kernels.gpu_support import DEVICE, DTYPES, close, poisoned_empty, random  # noqa: F401
 
 from shoal.kernels.gpu.experts import grouped_mm_experts, launch_experts  # isort: skip
@@ -77,6 +79,41 @@ def test_experts_match_the_loop(dtype: torch.dtype, first: int, last: int) -> No
     assert got.dtype == dtype
     close(got, reference(x, gate_up, down, weights, ids, first), times=4)
     assert launch_experts(x[:0], gate_up, down, weights[:0], ids[:0], first, 1, deterministic=True).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "lead"), [(8, 0), (8, 5), (4, 0), (4, 5)])
+def test_experts_of_few_bits_match_the_loop_over_their_values(dtype: torch.dtype, bits: int, lead: int) -> None:
+    stacks = []
+    for weight, first in zip(expert_weights(dtype), (0, lead), strict=True):
+        stack = PlainWeight.zeros(weight.shape, bits, first, dtype=dtype, device=DEVICE)
+        for one, values in zip(stack.unstacked(), weight, strict=True):
+            one.put(0, torch.nn.functional.pad(values, (first, 0)))
+        stacks.append(stack)
+    values = [torch.stack([one.rows(torch.arange(one.shape[0])) for one in stack.unstacked()]) for stack in stacks]
+    x, (weights, ids) = random(TOKENS, HIDDEN, dtype=dtype), routing()
+    for deterministic in (False, True):
+        got = launch_experts(x, stacks[0], stacks[1], weights, ids, 0, KINDS["silu"], deterministic=deterministic)
+        close(got, reference(x, values[0], values[1], weights, ids, 0), times=6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 3])
+def test_experts_in_fp8_match_the_loop_over_rounded_values(dtype: torch.dtype, first: int) -> None:
+    stacks: list[Fp8ChannelWeight] = []
+    for weight in expert_weights(dtype):
+        stack = Fp8ChannelWeight(weight[first:].shape, 0, dtype=dtype, device=DEVICE)
+        for one, values in zip(stack.unstacked(), weight[first:], strict=True):
+            one.put(0, values)
+        stacks.append(stack)
+    x, (weights, ids) = random(TOKENS, HIDDEN, dtype=dtype), routing()
+    want = torch.zeros(x.shape, device=DEVICE)
+    for expert, (up, down) in enumerate(zip(*(stack.unstacked() for stack in stacks), strict=True), first):
+        tokens, choices = (ids == expert).nonzero(as_tuple=True)
+        hidden = gated_activation_reference(up.multiply(x[tokens], None, deterministic=True).float(), "silu")
+        want[tokens] += weights[tokens, choices, None] * down.multiply(hidden.to(dtype), None, deterministic=True)
+    got = launch_experts(x, stacks[0], stacks[1], weights, ids, first, KINDS["silu"], deterministic=True)
+    assert (got.float() - want).norm() / want.norm() < 0.01  # an input between two codes may go either way
 
 
 def test_a_tokens_bits_depend_on_nothing_but_the_token() -> None:

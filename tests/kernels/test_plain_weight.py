@@ -40,6 +40,23 @@ def test_products_and_rows_are_those_of_the_values(
     assert weight.nbytes == weight.codes.nbytes + weight.scales.nbytes
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_go_through_floats_unless_deterministic(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("runs in Triton's interpreter only")
+    monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+    monkeypatch.setattr("shoal.kernels.gpu.tables.DEQUANTISED_ROWS", 4)
+    monkeypatch.setattr("shoal.kernels.plain_weight.SLAB_ELEMENTS", 7 * INNER)
+    weight, values = stored(bits, 32)
+    x, bias = torch.randn(4, INNER), torch.randn(COLUMNS)
+    alone = linear(x[:1], weight, bias, deterministic=True)
+    assert torch.equal(linear(x, weight, bias, deterministic=True)[:1], alone)
+    got = linear(x, weight, bias, deterministic=False)
+    assert torch.equal(got[:, :7], torch.nn.functional.linear(x, values[:7], bias[:7]))
+    torch.testing.assert_close(got, x @ values.t() + bias, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight, _ = stored(8, 32)
     with pytest.raises(ValueError, match="do not make a weight of 4 bits in groups of 32"):

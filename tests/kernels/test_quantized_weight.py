@@ -149,7 +149,7 @@ def test_both_paths_compute_the_formula(path, columns, inner, bits, dtype):
     for rows in (1, 2, 13):
         x = normal(rows, inner, seed=2).to(dtype)
         for b in (bias, None):
-            want, got = quantized_linear_reference(x, weight, b), weight.multiply(x, b)
+            want, got = quantized_linear_reference(x, weight, b), weight.multiply(x, b, deterministic=True)
             assert got.dtype == dtype and got.shape == (rows, columns)
             rounding = torch.finfo(dtype).eps * want.abs() if dtype != torch.float32 else 0
             size = 3e-6 * (quantize_rows(x, 0)[1].max() * 127 * weight.dequantize().abs().max() * inner**0.5)
@@ -160,21 +160,23 @@ def test_both_paths_compute_the_formula(path, columns, inner, bits, dtype):
 def test_error_against_the_float_linear_is_bounded(path, bits, limit):
     values, x = normal(96, 512), normal(40, 512, seed=3)
     want = x.double() @ values.double().t()
-    error = quantized(values, bits).multiply(x, None).double() - want
+    error = quantized(values, bits).multiply(x, None, deterministic=True).double() - want
     assert error.norm() / want.norm() < limit
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_rows_bits_depend_on_nothing_but_the_row(path, bits):
     weight, bias, x = quantized(normal(150, 96), bits), normal(150), normal(230, 96)
-    whole = weight.multiply(x, bias)
+    whole = weight.multiply(x, bias, deterministic=True)
     for rows in (*range(1, 20), 95, 96, 97, 101, 193, 230):
-        assert torch.equal(weight.multiply(x[:rows], bias), whole[:rows]), f"first {rows} rows"
-        assert torch.equal(weight.multiply(x[230 - rows :], bias), whole[230 - rows :]), f"last {rows} rows"
+        assert torch.equal(weight.multiply(x[:rows], bias, deterministic=True), whole[:rows]), f"first {rows} rows"
+        assert torch.equal(weight.multiply(x[230 - rows :], bias, deterministic=True), whole[230 - rows :]), (
+            f"last {rows} rows"
+        )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if threads == 1 else 1)
-        assert torch.equal(weight.multiply(x, bias), whole) or path == "torch"
+        assert torch.equal(weight.multiply(x, bias, deterministic=True), whole) or path == "torch"
     finally:
         torch.set_num_threads(threads)
 
@@ -186,26 +188,26 @@ def test_slices_sum_to_the_whole(path, bits, lead):
     x[:, :lead] = 0
     part = QuantizedWeight((20, 70), bits, lead)
     part.put(0, values)
-    want = quantized(values, bits).multiply(x, None)
-    torch.testing.assert_close(part.multiply(x[:, lead:], None), want, rtol=1e-6, atol=1e-5)
+    want = quantized(values, bits).multiply(x, None, deterministic=True)
+    torch.testing.assert_close(part.multiply(x[:, lead:], None, deterministic=True), want, rtol=1e-6, atol=1e-5)
 
 
 def test_takes_any_leading_shape_and_strides(path):
     weight, x = quantized(normal(7, 20), 8), normal(24, 20)
-    want = weight.multiply(x, None)
+    want = weight.multiply(x, None, deterministic=True)
     assert torch.equal(linear(x.view(2, 3, 4, 20), weight, deterministic=False), want.view(2, 3, 4, 7))
     assert torch.equal(linear(x.t().contiguous().t(), weight, deterministic=True), want)
     wide = torch.zeros(24, 50)
     wide[:, 10:30] = x
-    assert torch.equal(weight.multiply(wide[:, 10:30], None), want)
-    assert weight.multiply(x[:0], None).shape == (0, 7)
+    assert torch.equal(weight.multiply(wide[:, 10:30], None, deterministic=True), want)
+    assert weight.multiply(x[:0], None, deterministic=True).shape == (0, 7)
 
 
 def test_not_a_number_and_infinity_stay_in_their_row(path):
     weight, x = quantized(normal(5, 40), 8), normal(6, 40)
-    clean = weight.multiply(x, None)
+    clean = weight.multiply(x, None, deterministic=True)
     x[2, 39], x[4, 0] = float("nan"), float("inf")
-    got = weight.multiply(x, None)
+    got = weight.multiply(x, None, deterministic=True)
     assert not got[2].isfinite().any() and not got[4].isfinite().any()
     assert torch.equal(got[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
 
@@ -215,7 +217,7 @@ def test_different_dtypes_are_refused(path):
     with pytest.raises(ValueError, match=r"one dtype; x is torch.bfloat16, weight torch.float32"):
         linear(normal(2, 20).bfloat16(), weight, deterministic=True)
     with pytest.raises(ValueError, match=r"bias torch.float16"):
-        weight.multiply(normal(2, 20), torch.zeros(7).half())
+        weight.multiply(normal(2, 20), torch.zeros(7).half(), deterministic=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -79,14 +79,16 @@ def test_errs_at_most_twice_as_much_as_torch(library, inner, columns, dtype):
 def test_a_rows_bits_depend_on_nothing_but_the_row(library, inner, columns, dtype):
     x, weight, bias = tensors(200, inner, columns, dtype)
     packed = PackedWeight(library, weight)
-    whole = packed.multiply(x, bias)
+    whole = packed.multiply(x, bias, deterministic=True)
     for rows in (*range(1, 27), 95, 96, 97, 192, 193):
-        assert torch.equal(packed.multiply(x[:rows], bias), whole[:rows]), f"first {rows} rows"
-        assert torch.equal(packed.multiply(x[200 - rows :], bias), whole[200 - rows :]), f"last {rows} rows"
+        assert torch.equal(packed.multiply(x[:rows], bias, deterministic=True), whole[:rows]), f"first {rows} rows"
+        assert torch.equal(packed.multiply(x[200 - rows :], bias, deterministic=True), whole[200 - rows :]), (
+            f"last {rows} rows"
+        )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(packed.multiply(x, bias), whole), "3 threads"
+        assert torch.equal(packed.multiply(x, bias, deterministic=True), whole), "3 threads"
     finally:
         torch.set_num_threads(threads)
 
@@ -109,18 +111,18 @@ def test_takes_strides_and_no_rows(library):
     wide[:, 10:50] = weight
     for same in (wide[:, 10:50], weight.t().contiguous().t()):
         packed = PackedWeight(library, same)
-        assert torch.allclose(packed.multiply(x, bias), want, atol=1e-5)
-        assert torch.allclose(packed.multiply(x.t().contiguous().t(), bias), want, atol=1e-5)
+        assert torch.allclose(packed.multiply(x, bias, deterministic=True), want, atol=1e-5)
+        assert torch.allclose(packed.multiply(x.t().contiguous().t(), bias, deterministic=True), want, atol=1e-5)
         assert linear(x.view(2, 3, 40), packed, bias, deterministic=True).shape == (2, 3, 12)
-        assert packed.multiply(x[:0], bias).shape == (0, 12)
+        assert packed.multiply(x[:0], bias, deterministic=True).shape == (0, 12)
 
 
 def test_not_a_number_and_infinity_stay_in_their_row(library):
     x, weight, _ = tensors(6, 41, 33, torch.bfloat16)
     packed = PackedWeight(library, weight)
-    clean = packed.multiply(x, None)
+    clean = packed.multiply(x, None, deterministic=True)
     x[2, 40], x[4, 0] = float("nan"), float("inf")
-    got = packed.multiply(x, None)
+    got = packed.multiply(x, None, deterministic=True)
     assert got[2].isnan().all() and got[4].isinf().all()
     assert torch.equal(got[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import msgspec
 
+from shoal.launcher.stack_dump import STACK_SIGNAL
+
 
 def report(payload: bytes, fd: int | None) -> None:
     """Write what this process is like, as JSON, to the file named by the payload."""
@@ -67,6 +69,17 @@ def wait(payload: bytes, fd: int | None) -> None:
         with open(payload.decode(), "w") as file:
             file.write(str(os.getpid()))
     time.sleep(60)
+
+
+def wait_deaf(payload: bytes, fd: int | None) -> None:
+    """Wait like `wait`, deaf to the stack signal until the payload's file with ".listen" is there."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STACK_SIGNAL})
+    with open(payload.decode(), "w") as file:
+        file.write(str(os.getpid()))
+    while not os.path.exists(payload.decode() + ".listen"):
+        time.sleep(0.01)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACK_SIGNAL})
+    wait(b"", None)
 
 
 def supervise(payload: bytes, fd: int | None) -> None:

@@ -2,8 +2,9 @@
 with FakeModel's tokens.
 
 Faults are planned by what a request or the model's path says. A prompt that begins with FAIL, HANG, LEAVE or CRASH
-does that on the rank named by its second token; `model.path` = "refuse 1", "leave 1" or "hang 1" does it while that
-rank loads.
+does that on the rank named by its second token; after one that begins with SLOW every step takes that rank
+SLOW_STEP_S, so that a stream does not end before something was done to it. `model.path` = "refuse 1", "leave 1" or
+"hang 1" does it while that rank loads.
 """
 
 import ctypes
@@ -21,7 +22,8 @@ from shoal.model.shard import ModelShard
 from shoal.model.spec import Attention, DecoderSpec, GatedFfn, Layer, Norm
 
 WORKER = "tests.launcher.fake_worker:FakeWorker"
-FAIL, HANG, LEAVE, CRASH = 90, 91, 92, 93
+FAIL, HANG, LEAVE, CRASH, SLOW = 90, 91, 92, 93, 94
+SLOW_STEP_S = 0.02
 VOCAB_SIZE = 100
 
 _NORM = Norm(kind="rms", eps=1e-6)
@@ -59,6 +61,7 @@ class FakeWorker:
     ) -> None:
         self.config, self.spec, self.shard = config, spec, shard
         self.rank = shard.pp_rank * shard.tp_size + shard.tp_rank
+        self.step_s = 0.0
 
     def load(self, on_progress: Any = None) -> None:
         """In four parts."""
@@ -103,6 +106,7 @@ class FakeWorker:
         for new in plan.new_sequences:
             if len(new.token_ids) > 1 and new.token_ids[1] == self.rank:
                 self.obey(new.token_ids[0])
+        time.sleep(self.step_s)
         rows = self.ranks.run(plan, {})
         if self.shard.pp_rank == self.shard.pp_size - 1 and self.shard.tp_rank == 0:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=rows)
@@ -119,6 +123,8 @@ class FakeWorker:
             sys.exit(3)
         if order == CRASH:
             ctypes.string_at(0)
+        if order == SLOW:
+            self.step_s = SLOW_STEP_S
 
     def close(self) -> None:
         """Nothing to give back."""

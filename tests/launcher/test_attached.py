@@ -2,17 +2,21 @@
 
 import asyncio
 import errno
+import json
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from shoal.configs.schema import ModelConfig, ShoalConfig
+from shoal.configs.schema import LauncherConfig, ModelConfig, ShoalConfig
 from shoal.engine.client import EngineError
 from shoal.engine.fake_executor import StepLatency
-from shoal.engine.messages import EngineStats
+from shoal.engine.messages import EngineStats, Submit
 from shoal.launcher import attached, controller_door
 from shoal.launcher.attached import AttachedReplica, Door, NotYet, new_front_end
 from shoal.launcher.controller import Controller, ControllerOptions
@@ -20,20 +24,22 @@ from shoal.launcher.controller_door import ControllerDoor, sum_stats
 from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.journal import Journal, Kept
 from shoal.launcher.orphans import Orphans
-from shoal.launcher.replica_messages import Ready
-from shoal.parallel.control_connect import Listener
+from shoal.launcher.replica_messages import FROM_ENGINE, Acknowledged, Enter, Outputs, Ready, Rejected
+from shoal.parallel.control_async import AsyncChannel
+from shoal.parallel.control_connect import Listener, connect
 from tests.launcher.harness import collect, request, run, until
 
 CONFIG = ShoalConfig(model=ModelConfig(max_model_len=512))
 SLOW = StepLatency(base_s=0.005)
+SCRIPT = Path(__file__).with_name("front_end_script.py")
 
 
 class Host:
     """A detached controller: its door while it is there. journal: of the life that is next, or under way."""
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Path, lease_s: float = 10.0) -> None:
         self.door: Door | None = None
-        self.journal = journal
+        self.journal, self.lease_s = journal, lease_s
 
     def lose(self) -> None:
         """From now on as if the controller had been killed: the ends of its requests are not noted."""
@@ -50,7 +56,7 @@ class Host:
         (ready, _) = await controller.start()
         orphans = Orphans(controller, journal)
         orphans.start(20.0)
-        door = ControllerDoor(controller, orphans, ready, "127.0.0.1")
+        door = ControllerDoor(controller, orphans, ready, "127.0.0.1", self.lease_s)
         task = asyncio.create_task(door.serve())
         opening = asyncio.create_task(self._open(door, closed))
         try:
@@ -67,7 +73,9 @@ class Host:
     async def _open(self, door: ControllerDoor, closed: asyncio.Event | None) -> None:
         if closed is not None:
             await closed.wait()
-        self.door = Door(address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="")
+        self.door = Door(
+            address=door.address, key=door.key, vocab_size=1, max_model_len=512, checkpoint="", lease_s=self.lease_s
+        )
 
     @asynccontextmanager
     async def attached(self) -> AsyncIterator[Controller]:
@@ -216,6 +224,87 @@ def test_nothing_is_said_of_a_request_before_it_is_kept(tmp_path: Path, monkeypa
     run(body())
 
 
+async def entered(door: Door) -> AsyncChannel[Any]:
+    """A front end's end of its connection, by hand."""
+    channel = await asyncio.to_thread(connect, door.address, door.key, FROM_ENGINE, "prod", 10.0)
+    opened: AsyncChannel[Any] = await AsyncChannel.adopt(channel)
+    opened.post(Enter(front_end=new_front_end()))
+    assert isinstance(await opened.receive(10.0), Ready)
+    return opened
+
+
+def test_acceptance_is_said_after_the_journal_write_and_before_the_first_token(tmp_path: Path) -> None:
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
+        async with host.serving():
+            await until(lambda: host.door is not None, "the door")
+            assert host.door is not None
+            channel = await entered(host.door)
+            channel.post(Submit(request=request([5, 6], 5)))
+            told: list[Any] = []
+            while not told or not isinstance(told[-1], Outputs):
+                message = await channel.receive(10.0)
+                if isinstance(message, Acknowledged | Outputs | Rejected):
+                    told.append(message)
+                if isinstance(message, Acknowledged):
+                    assert [name.rpartition("/")[2] for name in kept_in(host.journal)] == ["a"]
+            assert told[0] == Acknowledged(request_ids=["a"]) and len(told) == 2
+            channel.close()
+
+    run(body())
+
+
+def test_what_is_not_kept_is_rejected_and_never_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "_write", _no_space)
+
+    async def body() -> None:
+        host = Host(tmp_path / "journal")
+        async with host.serving():
+            await until(lambda: host.door is not None, "the door")
+            assert host.door is not None
+            channel = await entered(host.door)
+            channel.post(Submit(request=request([5, 6], 5)))
+            while not isinstance(message := await channel.receive(10.0), Rejected):
+                assert not isinstance(message, Acknowledged)
+            channel.close()
+
+    run(body())
+
+
+def test_a_death_between_the_journal_write_and_the_acknowledgement_runs_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        host, lives = Host(tmp_path / "journal"), AsyncExitStack()
+        await lives.enter_async_context(host.serving())
+        written = asyncio.Event()
+
+        async def dies(guest: Any, request_id: str, deltas: Any) -> None:
+            await anext(deltas)
+            written.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as first_life:
+            first_life.setattr(controller_door._Guest, "_acknowledge", lambda guest, request_id: None)
+            first_life.setattr(controller_door._Guest, "_pass_back", dies)
+            async with host.attached() as client:
+                front = client._dispatch
+                task = asyncio.create_task(collect(client.submit(request([5, 6], 100))))
+                await written.wait()
+                host.lose()
+                await lives.aclose()
+                entry = front.ledger.get("a")
+                assert entry is not None and not entry.started_here and len(kept_in(host.journal)) == 1
+                first_life.undo()
+                async with host.serving() as controller:
+                    tokens, last = await task
+                    status = await controller.status()
+        assert (status.accepted, status.lost) == (1, 0) and last.finish_reason == "length"
+        assert tokens == await alone([5, 6], 100)
+
+    run(body())
+
+
 def test_front_end_that_leaves_frees_what_it_had(tmp_path: Path) -> None:
     async def body() -> None:
         host = Host(tmp_path / "journal")
@@ -232,19 +321,44 @@ def test_front_end_that_leaves_frees_what_it_had(tmp_path: Path) -> None:
     run(body())
 
 
-def test_front_end_that_falls_silent_loses_its_blocks_and_goes_on_when_it_is_back(
+def test_front_end_that_falls_silent_is_cut_off_and_goes_on_when_it_is_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(attached, "RENEW_INTERVAL_S", 30.0)
-    monkeypatch.setattr(controller_door, "LEASE_S", 0.3)
+    monkeypatch.setattr(attached, "RENEWALS", 0.01)
 
     async def body() -> None:
-        host = Host(tmp_path / "journal")
+        host = Host(tmp_path / "journal", lease_s=0.3)
         async with host.serving() as controller, host.attached() as client:
             task = asyncio.create_task(collect(client.submit(request([5, 6], 150))))
             tokens, last = await task
             assert last.finish_reason == "length" and tokens == await alone([5, 6], 150)
             assert (await controller.status()).accepted > 1, "it was cut off in between"
+
+    run(body())
+
+
+def test_stopped_front_end_frees_its_blocks_within_a_second_and_goes_on_when_it_runs_again(tmp_path: Path) -> None:
+    """A process of its own, stopped by SIGSTOP: its connection stays."""
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        host = Host(tmp_path / "journal", LauncherConfig().lease_s)
+        async with host.serving() as controller:
+            await until(lambda: host.door is not None, "the door")
+            front_end = await asyncio.create_subprocess_exec(
+                *(sys.executable, str(SCRIPT), str(SCRIPT.parents[2]), msgspec.json.encode(host.door).decode()),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            assert front_end.stdout is not None
+            await until(lambda: emitted(controller) > 20, "tokens", 20.0)
+            front_end.send_signal(signal.SIGSTOP)
+            stopped = loop.time()
+            while any(stats.referenced_blocks != [0] for stats in await controller.stats()):
+                assert loop.time() - stopped < 1.0 + 1.0, "blocks are still held"
+                await asyncio.sleep(0.01)
+            front_end.send_signal(signal.SIGCONT)
+            tokens = json.loads(await front_end.stdout.read())
+            assert await front_end.wait() == 0 and tokens == await alone([5, 6], 250)
 
     run(body())
 

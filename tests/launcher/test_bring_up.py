@@ -9,11 +9,14 @@ import pytest
 
 import shoal.demo
 from shoal.configs.loader import load_config
-from shoal.configs.schema import LauncherConfig, ParallelConfig, ShoalConfig
+from shoal.configs.schema import LauncherConfig, ParallelConfig, RuntimeConfig, ShoalConfig
 from shoal.engine.messages import Request
 from shoal.kernels import build
 from shoal.launcher.bring_up import start_engine
+from shoal.launcher.cli import main
+from shoal.launcher.idle_settings import check_idle
 from shoal.launcher.kinds import choose_launcher, is_follower
+from shoal.launcher.local_start import cores_of_ranks
 from tests.launcher.harness import collect
 
 DEMO = Path(shoal.demo.__file__).parent
@@ -39,6 +42,28 @@ def test_the_launcher_follows_settings_then_torchrun_then_the_layout(
     assert choose_launcher(config, environ) == expected
     assert is_follower(config, environ) == (expected == "torchrun")
     assert not is_follower(config, {**environ, "RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "data", "threads", "pinned", "expected"),
+    [
+        (2, 1, 1, True, [(1,), (3,)]),
+        (2, 1, 2, True, [(1, 3), (5, 7)]),
+        (2, 2, 1, True, [(1,), (3,), (5,), (7,)]),
+        (2, 2, 2, True, []),  # not enough cores
+        (1, 2, 1, True, []),  # nobody waits for another
+        (2, 1, 1, False, []),
+    ],
+)
+def test_tensor_ranks_keep_to_cores_of_their_own_where_there_are_enough(
+    tensor: int, data: int, threads: int, pinned: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7, 1, 5, 3})
+    config = ShoalConfig(
+        parallel=ParallelConfig(tensor=tensor, data=data),
+        runtime=RuntimeConfig(device="cpu", threads=threads, pin_cores=pinned),
+    )
+    assert cores_of_ranks(config) == expected
 
 
 def test_a_missing_model_and_an_impossible_layout_are_refused_before_a_process_starts() -> None:
@@ -96,4 +121,30 @@ def test_settings_of_the_controller_are_said_to_be_idle_in_process(caplog: pytes
         await (await start_engine(resolved, DEMO)).client.close()
 
     asyncio.run(start_and_close())
-    assert "launcher.routing, launcher.max_restarts: no effect on one rank" in caplog.text
+    assert "launcher.routing, launcher.max_restarts: no effect here: one rank" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "why"),
+    [
+        (["generate", "-p", "x"], "controller_grace_s", "detached models, which `shoal up` starts"),
+        (["generate", "-p", "x"], "lease_s", "detached models, which `shoal up` starts"),
+        (["bench", "latency"], "drain_timeout_s", "waits for what runs when it is told to end"),
+    ],
+)
+def test_settings_a_command_cannot_use_are_refused_and_warned_of_in_files(
+    command: list[str],
+    setting: str,
+    why: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main([*command, "--model", "demo", f"--{setting.replace('_', '-')}", "5"]) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"launcher.{setting} = 5" in shown and "would not be used" in shown and why in shown
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"launcher:\n  {setting}: 5\n")
+    resolved = load_config(file)
+    check_idle(resolved, [f"launcher.{setting}"], why)
+    assert f"launcher.{setting}: no effect here: {why}" in caplog.text

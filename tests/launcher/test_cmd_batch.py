@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from shoal.engine.fake_executor import StepLatency
+from shoal.launcher import cmd_batch
 from shoal.launcher.batch_file import AnswerFile
 from shoal.launcher.cli import main
 from shoal.launcher.stragglers import PATIENCE, Stragglers
@@ -131,6 +134,31 @@ def test_a_batch_goes_on_from_whole_answers(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "out.jsonl").write_text("precious notes\n", encoding="utf-8")
     assert main(arguments) == 2
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "precious notes\n"
+
+
+def test_a_long_batch_has_no_more_under_way_than_its_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[int] = []
+    answer_one = cmd_batch._Batch._answer
+
+    async def counted(*arguments: Any) -> None:
+        tasks.append(len(asyncio.all_tasks()))
+        await answer_one(*arguments)
+
+    monkeypatch.setattr(cmd_batch._Batch, "_answer", counted)
+    arguments = write(tmp_path, *(line(f"r{number}", {**BODY, "max_tokens": 1}) for number in range(1500)))
+    assert main([*arguments, "--max-num-seqs", "4", "--max-queued-requests", "4"]) == 0
+    assert len(answers(tmp_path)) == len(tasks) == 1500
+    assert max(tasks) <= 2 * 8 + 3, "of each line one and of its prompt one; and the command's own"
+
+
+def test_a_batch_is_read_from_a_pipe_too(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    arguments = write(tmp_path, line("a"), line("b"))
+    text = (tmp_path / "in.jsonl").read_text()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,), daemon=True)
+    writer.start()
+    assert main(["batch", str(tmp_path / "pipe"), *arguments[2:]]) == 0
+    assert set(answers(tmp_path)) == {"a", "b"}
 
 
 def test_two_batches_do_not_write_to_one_file(tmp_path: Path) -> None:

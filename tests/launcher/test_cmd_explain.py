@@ -14,6 +14,8 @@ from shoal.configs.model_path import resolve_model_path
 from shoal.configs.schema import ParallelConfig
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.families import load_spec
+from shoal.model.kv_layout import kv_bytes_per_block
+from shoal.model.memory_estimate import weights_bytes
 from shoal.model.shard import shard_model
 
 
@@ -67,6 +69,21 @@ def test_quantised_weights_are_counted_as_they_will_be() -> None:
             weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
             assert report["weights_bytes"] == sum(weight.nbytes for weight in weights.values())
             assert report["weights_bytes"] < 0.5 * before["weights_bytes"]
+
+
+def test_on_gpus_quantised_weights_are_counted_in_the_order_they_have_there() -> None:
+    found = explained("--quantization", "int8", "--device", "cuda")
+    [shard] = shard_model(load_spec(resolve_model_path("demo"))[0], ParallelConfig(), "int8")
+    expected = weights_bytes(load_spec(resolve_model_path("demo"))[0], shard, 4, "cuda")
+    assert [report["weights_bytes"] for report in found["reports"]] == [expected]
+
+
+def test_an_fp8_cache_holds_as_many_tokens_in_a_quarter_of_the_bytes() -> None:
+    [report] = explained("--dtype", "float32", "--kv-cache-dtype", "fp8")["reports"]
+    spec, _ = load_spec(resolve_model_path("demo"))
+    assert [4 * size for size in report["block_bytes"]] == kv_bytes_per_block(
+        spec, shard_model(spec, ParallelConfig())[0], 16, 4
+    )
 
 
 def test_the_source_of_every_setting_is_named() -> None:

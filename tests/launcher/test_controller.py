@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from shoal.engine.client import EngineError, QueueFull
+from shoal.engine.fake_executor import StepLatency
 from shoal.engine.messages import OutputDelta
 from shoal.launcher.controller import Controller, ControllerOptions
 from shoal.launcher.dispatch import Limits
@@ -70,6 +71,45 @@ def test_a_full_replica_is_passed_over_and_only_all_full_is_an_error() -> None:
                 await anext(controller.submit(request([1])))
             assert full.value.retry_after_s in (2.0, 5.0)
             assert (await controller.status()).refused == 1
+
+    run(body())
+
+
+def test_a_replica_that_said_it_is_full_is_not_asked_again_before_one_of_its_requests_ends() -> None:
+    async def body() -> None:
+        async with scripted(1, limits=Limits(bounded_wait=True)) as (controller, (replica,)):
+            stream = controller.submit(request([1], 2, "runs"))
+            await anext(stream)
+            replica.refusal = QueueFull("would wait", 60.0)
+            with pytest.raises(QueueFull, match="would wait"):
+                await anext(controller.submit(request([1], 2, "asks")))
+            assert controller._slots[0].says_full
+            controller._slots[0].is_full(60.0)
+            replica.refusal = None
+            with pytest.raises(QueueFull, match=r"scheduler\.max_queue_wait_s"):
+                await anext(controller.submit(request([1], 2, "does not ask")))
+            replica.go.set()
+            await _rest(stream)
+            await collect(controller.submit(request([1], 2, "finds a place")))
+            assert replica.accepted == ["runs", "finds a place"]
+            assert (await controller.status()).refused == 2
+
+    run(body())
+
+
+def test_a_replica_that_says_nothing_is_asked_about_few_requests() -> None:
+    async def body() -> None:
+        async with fakes(1, limits=Limits(bounded_wait=True, max_unanswered=2)) as (controller, factory):
+            slot = controller._slots[0]
+            factory.lives[0][0].executor.latency = StepLatency(base_s=0.3)
+            first = [asyncio.create_task(collect(controller.submit(request([n], 2, f"r{n}")))) for n in range(2)]
+            await until(lambda: slot.in_flight == 2 and not slot.unanswered, "both to be accepted")
+            slot.unanswered += 2  # as of two that a stalled engine has not looked at
+            with pytest.raises(QueueFull):
+                await anext(controller.submit(request([4], 2, "r4")))
+            slot.unanswered -= 2
+            await asyncio.gather(*first)
+            assert slot.unanswered == 0
 
     run(body())
 

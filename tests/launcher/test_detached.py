@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from shoal.configs.schema import CacheConfig, LauncherConfig, ModelConfig, ParallelConfig, ShoalConfig
+from shoal.engine.client import EngineError
 from shoal.launcher import detached
 from shoal.launcher.attached import Door
 from shoal.launcher.controller import Controller
@@ -30,13 +31,17 @@ LAUNCH = "1234"
 
 
 class Fleet:
-    """Replicas without processes. found: those an earlier life left; there is no place for others then."""
+    """Replicas without processes. found: those an earlier life left; there is no place for others then. gone: of them,
+    those that have vanished when they are to be taken over; there is a place to build them again.
+    """
 
     found: Sequence[int] = ()
     released: Sequence[int] = ()
+    gone: Sequence[int] = ()
 
     def __init__(self, _cluster: object, config: ShoalConfig, *_rest: object) -> None:
         self.settled = Settled(config=config, notes=[], ranks_per_device=1)
+        self.made: list[int] = []
 
     async def recover(self) -> Sequence[int]:
         return self.found
@@ -51,6 +56,9 @@ class Fleet:
         self.released = [*self.released, number]
 
     async def make(self, number: int) -> FakeReplica:
+        self.made.append(number)
+        if number in self.gone and self.made.count(number) == 1:
+            raise EngineError(f"the crew of replica {number} is gone")
         if self.found and number not in self.found:
             raise TooSmall("no node has a free CPU")
         return FakeReplica(self.settled.config)
@@ -111,8 +119,25 @@ def test_what_runs_serves_although_another_replica_cannot_come_back(
 
     async def body() -> None:
         async with serving(monkeypatch, tmp_path) as actor:
-            states = [controller_of(actor).state_of(number)[0] for number in range(3)]
-            assert (states[0], states[2]) == ("ready", "ready") and states[1] != "ready"
+            controller = controller_of(actor)
+            await until(lambda: all(controller.state_of(number)[0] == "ready" for number in (0, 2)), "those found")
+            assert controller.state_of(1)[0] != "ready"
+
+    run(body())
+
+
+@pytest.mark.parametrize("gone", [(0,), (2,), (0, 2)])
+def test_a_found_replica_that_vanishes_before_it_is_taken_over_is_built_again_and_the_rest_goes_on(
+    gone: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Fleet, "found", (0, 1, 2))
+    monkeypatch.setattr(Fleet, "gone", gone)
+
+    async def body() -> None:
+        async with serving(monkeypatch, tmp_path, max_restarts=3) as actor:
+            controller = controller_of(actor)
+            await until(lambda: all(controller.state_of(number)[0] == "ready" for number in range(3)), "all")
+            assert [controller.state_of(number)[1] for number in range(3)] == [int(n in gone) for n in range(3)]
 
     run(body())
 

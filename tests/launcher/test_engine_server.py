@@ -11,6 +11,7 @@ from shoal.engine.fake_executor import FakeExecutor, Fault
 from shoal.engine.messages import Failure, Submit
 from shoal.launcher.engine_server import EngineServer
 from shoal.launcher.fake_replica import fake_capacity
+from shoal.launcher.replica_messages import Acknowledged, Outputs, Shutdown
 from tests.launcher.harness import request
 
 
@@ -58,3 +59,24 @@ def test_a_request_that_meets_a_death_is_answered_by_the_failure_not_refused(rea
     front = Front(readable[0], [Submit(request=request([1, 2, 3]))])
     assert EngineServer(EngineCore(config, executor), front, executor).run() == 1
     assert front.heard == [Failure(rank=1, cause="killed by SIGKILL", detail="")]
+
+
+class Leaving(Front):
+    """Says Shutdown once it has heard so many deltas."""
+
+    def poll(self) -> list[Any]:
+        if sum(len(message.deltas) for message in self.heard if isinstance(message, Outputs)) >= 3:
+            return [Shutdown()]
+        return super().poll()
+
+
+def test_a_request_that_gets_no_token_in_its_first_step_is_acknowledged_once(readable: list[int]) -> None:
+    config = load_config(keywords={"max_num_seqs": 1}).config
+    executor = WatchedExecutor(fake_capacity(config))
+    executor.fd = readable[1]
+    front = Leaving(readable[0], [Submit(request=request([1], 5, name)) for name in ("runs", "waits")])
+    assert EngineServer(EngineCore(config, executor), front, executor).run() == 0
+    kinds = [message for message in front.heard if isinstance(message, Acknowledged | Outputs)]
+    assert isinstance(kinds[0], Outputs) and kinds[0].deltas[0].request_id == "runs"
+    assert [message for message in kinds if isinstance(message, Acknowledged)] == [Acknowledged(request_ids=["waits"])]
+    assert kinds[1] == Acknowledged(request_ids=["waits"])

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from shoal.launcher.fake_replica import FakeReplicas
 from shoal.launcher.journal import Journal, Kept, read_records
 from shoal.launcher.orphans import Orphans
 from tests.launcher.controllers import QUICK, answer, settings
-from tests.launcher.harness import collect, request, run, until
+from tests.launcher.harness import collect, request, run, until, wait_until
 
 
 def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:
@@ -241,3 +242,67 @@ def test_a_disk_that_fills_while_rewriting_leaves_the_old_file(tmp_path: Path, m
     again = Journal(tmp_path / "j")
     assert list(again.live) == ["a", "c"] and again.torn_bytes == 0 and again.live["a"].token_ids == []
     again.close()
+
+
+def test_writes_are_on_the_disk_soon_and_wait_for_no_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncing, go = threading.Event(), threading.Event()
+    synced: list[bytes] = []
+
+    def slow(fd: int) -> None:
+        syncing.set()
+        go.wait(20.0)
+        synced.append((tmp_path / "j").read_bytes())
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    journal = Journal(tmp_path / "j")
+    journal.accepted(request([1], 9, "a"))
+    assert syncing.wait(20.0)
+    journal.accepted(request([1], 9, "b"))
+    assert not synced, "it did not wait"
+    go.set()
+    journal.close()
+    entries, _ = read_records(synced[-1])
+    assert len(entries) == 2 and synced[-1] == (tmp_path / "j").read_bytes()
+
+
+def test_a_rewritten_journal_is_on_the_disk_before_it_takes_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fdatasync", lambda fd: order.append(os.readlink(f"/proc/self/fd/{fd}").rpartition("/")[2]))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), replace(*names)))
+    journal = Journal(tmp_path / "j")
+    journal.want(2)
+    journal.compact()
+    journal.close()
+    assert order.index("j.new") < order.index("replace")
+
+
+@pytest.mark.parametrize("lost", [1, 8, 40, 200])
+def test_what_a_power_loss_left_as_zeros_is_cut_off(tmp_path: Path, lost: int) -> None:
+    journal = Journal(tmp_path / "j")
+    for number in range(20):
+        journal.accepted(request([1], 9, f"r{number}"))
+    journal.close()
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data[:-lost] + bytes(lost))
+    again = Journal(tmp_path / "j")
+    assert again.torn_bytes >= lost and list(again.live) == [f"r{number}" for number in range(len(again.live))]
+    assert 20 > len(again.live) >= 20 - (lost // 50 + 1)
+    again.close()
+
+
+def test_a_disk_that_cannot_sync_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    journal = Journal(tmp_path / "j")
+    for name in ("a", "b"):
+        journal.accepted(request([1], 9, name))
+        wait_until(lambda: not journal._sync._dirty, "a sync")
+    journal.close()
+    assert caplog.text.count("may not outlive a host that loses power: input/output error") == 1

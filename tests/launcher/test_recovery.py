@@ -18,7 +18,7 @@ from shoal.launcher.local_start import LocalFactory
 from shoal.launcher.processes import PRELOAD, Zygote
 from shoal.launcher.replicas import controller_options, make_routing
 from shoal.launcher.settle import Host, settle
-from tests.launcher.fake_worker import HANG, SPEC, WORKER, config
+from tests.launcher.fake_worker import HANG, SLOW, SPEC, WORKER, config
 from tests.launcher.harness import collect, expected, group_of, processes_tagged, request, run, until
 
 
@@ -53,7 +53,7 @@ def test_killed_ranks_and_engines_lose_nothing(zygote: Zygote, tag: str) -> None
     async def body() -> None:
         choose = random.Random(7)
         async with controlled(zygote, config(2, data=2)) as controller:
-            asked = [request([number, 3], 300, f"r{number}") for number in range(16)]
+            asked = [request([SLOW, 0, number], 100, f"r{number}") for number in range(16)]
             streams = [asyncio.create_task(collect(controller.submit(each))) for each in asked]
             for _ in range(5):
                 await until(lambda: any(slot.ready and slot.served for slot in controller._slots.values()), "decoding")
@@ -64,7 +64,7 @@ def test_killed_ranks_and_engines_lose_nothing(zygote: Zygote, tag: str) -> None
                     lambda lives=lives: sum(s.life for s in controller._slots.values()) > lives, "the death", 5.0
                 )
             for each, (tokens, last) in zip(asked, await asyncio.gather(*streams), strict=True):
-                assert tokens == expected(each.prompt_token_ids, 300) and last.finish_reason == "length"
+                assert tokens == expected(each.prompt_token_ids, 100) and last.finish_reason == "length"
             status = await controller.status()
             assert sum(replica.restarts for replica in status.replicas) == 5 and status.lost == 0
             assert "killed by SIGKILL" in status.replicas[0].failures[0].cause
@@ -78,7 +78,8 @@ def test_a_stopped_rank_is_found_named_with_its_stack_and_replaced(zygote: Zygot
         async with controlled(zygote, config(2, hang_timeout_s=2.5)) as controller:
             await ready(controller, 0)
             for life, busy in enumerate((True, False)):
-                asked = request([1, 2], 400, f"r{life}")
+                prompt = [SLOW, 0] if busy else [1, 2]
+                asked = request(prompt, 100, f"r{life}")
                 stream = asyncio.create_task(collect(controller.submit(asked)))
                 if busy:
                     await until(lambda: controller._slots[0].served, "it to decode")
@@ -88,7 +89,7 @@ def test_a_stopped_rank_is_found_named_with_its_stack_and_replaced(zygote: Zygot
                 stopped = time.monotonic()
                 await ready(controller, life + 1)
                 assert time.monotonic() - stopped < 12.0
-                assert (await stream)[0] == expected([1, 2], 400)
+                assert (await stream)[0] == expected(prompt, 100)
                 (replica,) = (await controller.status()).replicas
                 cause = replica.failures[-1].cause
                 assert "rank 1: gave no sign of life for 2.2 s (launcher.hang_timeout_s) on " in cause
@@ -114,11 +115,11 @@ def test_a_step_that_hangs_is_blamed_on_its_rank_with_the_line_it_is_at(zygote: 
 def test_a_stopped_engine_is_replaced(zygote: Zygote, tag: str) -> None:
     async def body() -> None:
         async with controlled(zygote, config(2, hang_timeout_s=1.5)) as controller:
-            stream = asyncio.create_task(collect(controller.submit(request([1, 2], 300))))
+            stream = asyncio.create_task(collect(controller.submit(request([SLOW, 0], 100))))
             await until(lambda: controller._slots[0].served, "it to decode")
             os.kill(group_of(tag)["shoal-engine-0"], signal.SIGSTOP)
             await ready(controller, 1)
-            assert (await stream)[0] == expected([1, 2], 300)
+            assert (await stream)[0] == expected([SLOW, 0], 100)
             (replica,) = (await controller.status()).replicas
             assert "the engine process gave no sign of life for 1.5 s" in replica.failures[0].cause
         await until(lambda: group_of(tag) == {}, "all to end", 3.0)
@@ -146,9 +147,9 @@ def test_the_zygotes_death_is_mended_too() -> None:
         own = Zygote((*PRELOAD, "tests.launcher.fake_worker"))
         own.loaded(120)
         async with controlled(own, config(2)) as controller:
-            stream = asyncio.create_task(collect(controller.submit(request([1, 2], 300))))
+            stream = asyncio.create_task(collect(controller.submit(request([SLOW, 0], 100))))
             await until(lambda: controller._slots[0].served, "it to decode")
             os.kill(own.pid, signal.SIGKILL)
-            assert (await stream)[0] == expected([1, 2], 300)
+            assert (await stream)[0] == expected([SLOW, 0], 100)
 
     run(body())

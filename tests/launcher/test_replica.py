@@ -15,7 +15,7 @@ from shoal.engine.rank_messages import TO_RANK, Hello
 from shoal.launcher.bootstrap import versions
 from shoal.launcher.processes import Zygote
 from shoal.parallel.control_connect import connect
-from tests.launcher.fake_worker import CRASH, FAIL, HANG, LEAVE, config
+from tests.launcher.fake_worker import CRASH, FAIL, HANG, LEAVE, SLOW, config
 from tests.launcher.harness import (
     collect,
     expected,
@@ -58,14 +58,14 @@ def test_requests_are_refused_aborted_and_drained_as_in_one_process(zygote: Zygo
                 await collect(handle.submit(request([1, 100_000])))
             with pytest.raises(ValueError, match="max_model_len 512"):
                 await collect(handle.submit(request([1] * 600)))
-            long = handle.submit(request([1, 2], 500, "long"))
-            assert (await anext(long)).token_ids == expected([1, 2], 1)
+            long = handle.submit(request([SLOW, 0], 500, "long"))
+            assert (await anext(long)).token_ids == expected([SLOW, 0], 1)
             with pytest.raises(ValueError, match="'long' is already in use"):
                 await anext(handle.submit(request([3], 5, "long")))
             await handle.client.abort(["long", "unknown"])
             _, last = await collect_rest(long)
             assert last.finish_reason == "abort"
-            closed = handle.submit(request([1, 2], 500, "closed"))
+            closed = handle.submit(request([SLOW, 0], 500, "closed"))
             await anext(closed)
             await closed.aclose()  # type: ignore[attr-defined]
             assert await handle.drain(10) == []
@@ -78,7 +78,7 @@ def test_requests_are_refused_aborted_and_drained_as_in_one_process(zygote: Zygo
 def test_an_id_is_free_again_when_the_engine_has_ended_its_closed_stream(zygote: Zygote) -> None:
     async def body() -> None:
         async with replica(zygote, config(2)) as handle:
-            closed = handle.submit(request([1, 2], 500, "r"))
+            closed = handle.submit(request([SLOW, 0], 500, "r"))
             await anext(closed)
             await closed.aclose()  # type: ignore[attr-defined]
             refusals = 0
@@ -107,7 +107,7 @@ async def collect_rest(stream: object) -> tuple[int, OutputDelta]:
 def test_a_drain_names_what_it_could_not_wait_for(zygote: Zygote) -> None:
     async def body() -> None:
         async with replica(zygote, config(2)) as handle:
-            streams = [handle.submit(request([number], 400, f"r{number}")) for number in range(8)]
+            streams = [handle.submit(request([SLOW, 0, number], 400, f"r{number}")) for number in range(8)]
             await asyncio.gather(*(anext(stream) for stream in streams))
             unfinished = await handle.drain(0.0)
             assert set(unfinished) <= {f"r{number}" for number in range(8)} and unfinished
@@ -158,7 +158,7 @@ def test_a_rank_that_fails_is_named_with_its_cause(zygote: Zygote, tag: str, ord
 def test_a_killed_rank_is_named_and_ends_its_group(zygote: Zygote, tag: str, busy: bool) -> None:
     async def body() -> None:
         async with replica(zygote, config(2, 2)) as handle:
-            stream = handle.submit(request([1, 2, 3], 500))
+            stream = handle.submit(request([SLOW, 0], 500))
             if busy:
                 await anext(stream)
             os.kill(group_of(tag)["shoal-rank-2"], signal.SIGKILL)
@@ -177,7 +177,7 @@ def test_a_killed_rank_is_named_and_ends_its_group(zygote: Zygote, tag: str, bus
 def test_a_killed_engine_ends_its_ranks_and_streams(zygote: Zygote, tag: str) -> None:
     async def body() -> None:
         async with replica(zygote, config(2)) as handle:
-            stream = handle.submit(request([1, 2, 3], 500))
+            stream = handle.submit(request([SLOW, 0], 500))
             first = await anext(stream)
             os.kill(group_of(tag)["shoal-engine-0"], signal.SIGKILL)
             count, last = await collect_rest(stream)
@@ -203,7 +203,7 @@ def test_a_hanging_step_is_ended_and_tells_what_each_rank_did(zygote: Zygote, ta
 def test_a_stopped_rank_is_named_by_its_silence(zygote: Zygote, tag: str) -> None:
     async def body() -> None:
         async with replica(zygote, config(2, step_timeout_s=5.0)) as handle:
-            stream = handle.submit(request([1, 2], 500))
+            stream = handle.submit(request([SLOW, 0], 500))
             await anext(stream)
             os.kill(group_of(tag)["shoal-rank-0"], signal.SIGSTOP)
             _, last = await collect_rest(stream)
@@ -228,6 +228,22 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
         with pytest.raises(error, match=words):
             async with replica(zygote, config(2, path=path, start_timeout_s=2.0 if "hang" in path else 60.0)):
                 pass
+        await until(lambda: group_of(tag) == {}, "the group to end", 3.0)
+
+    run(body())
+
+
+def test_a_rank_that_stops_while_it_loads_tells_its_stack_at_the_end_of_the_start(zygote: Zygote, tag: str) -> None:
+    async def body() -> None:
+        processes, (handle,) = prepare(zygote, config(2, path="hang 1", start_timeout_s=3.0))
+        await processes.loaded()
+        await handle.start()
+        starting = asyncio.create_task(handle.ready(3.0))
+        await until(lambda: "shoal-rank-1" in group_of(tag), "the rank")
+        os.kill(group_of(tag)["shoal-rank-1"], signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"(?s)launcher\.start_timeout_s = 3: rank 1 .*rank 1 wrote:.*first"):
+            await starting
+        await handle.stop()
         await until(lambda: group_of(tag) == {}, "the group to end", 3.0)
 
     run(body())

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shoal.configs.schema import ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
+from shoal.configs.schema import CacheConfig, ModelConfig, ParallelConfig, RuntimeConfig, ShoalConfig
 from shoal.launcher.local_start import device_of
 from shoal.launcher.ray_cluster import Node
 from shoal.launcher.ray_fleet import _choose_device
@@ -40,6 +40,10 @@ def test_nothing_automatic_is_left_and_the_choice_is_told() -> None:
 def test_quantised_weights_are_told() -> None:
     quantised = ShoalConfig(model=ModelConfig(quantization="int4"))
     assert "float32 with int4 weights, context" in settle(quantised, SPEC, CPU).notes[0]
+    small_cache = ShoalConfig(cache=CacheConfig(dtype="fp8"))
+    assert "float32, fp8 KV cache, context" in settle(small_cache, SPEC, CPU).notes[0]
+    on_gpu = settle(quantised, SPEC, Host(gpus=1, native=False, ranks=1)).notes[0]
+    assert "1 rank on cuda: float32 with int4 weights" in on_gpu
 
 
 def test_what_was_set_stays() -> None:
@@ -99,11 +103,7 @@ def test_ranks_that_share_a_gpu_exchange_through_the_host_and_divide_its_memory(
         (config(2, sharing=2), CPU, "how many ranks share a GPU, and the ranks run on the CPU.*leave it out"),
         (config(2, sharing=2, collectives="nccl"), Host(gpus=1, native=False, ranks=2), "nccl refuses two ranks"),
         (config(2, collectives="shm"), Host(gpus=2, native=True, ranks=2), "shm joins CPU tensors.*use auto or nccl"),
-        (
-            ShoalConfig(model=ModelConfig(quantization="int8")),
-            Host(gpus=1, native=True, ranks=1),
-            "quantization = int8 works on CPUs only.*runtime.device = cpu",
-        ),
+        (ShoalConfig(model=ModelConfig(quantization="fp8")), CPU, "quantization = fp8 is for GPUs.*use int8 or int4"),
         (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
     ],
 )

@@ -44,7 +44,7 @@ def serve_and_end(layout: tuple[int, int, int], how: str = "ends") -> None:
     output, errors = torchrun.communicate(timeout=TIMEOUT_S)
     assert torchrun.returncode == 0, errors
     assert output == f"serving {layout[2]}\n"
-    assert processes_tagged(tag) == []
+    wait_until(lambda: processes_tagged(tag) == [], "everything to end", 3.0)
 
 
 def test_two_replicas_of_two_ranks_serve_and_nothing_outlives_a_killed_torchrun() -> None:

@@ -27,11 +27,17 @@ class PagedModel:
     """Stages of one tensor rank, run one after the other in this process."""
 
     def __init__(
-        self, spec: DecoderSpec, stages: list[Stage], block_size: int, num_blocks: int = 256, seed: int = 0
+        self,
+        spec: DecoderSpec,
+        stages: list[Stage],
+        block_size: int,
+        num_blocks: int = 256,
+        seed: int = 0,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.spec, self.stages, self.block_size = spec, stages, block_size
         self.windows = spec.cache_windows
-        dtype, cpu, counts = stages[0].dtype, torch.device("cpu"), [num_blocks] * len(self.windows)
+        dtype, cpu, counts = cache_dtype or stages[0].dtype, torch.device("cpu"), [num_blocks] * len(self.windows)
         self.caches = [KVCache(spec, stage.shard, counts, block_size, dtype, cpu) for stage in stages]
         for cache in self.caches:
             for layer in cache.layers.values():

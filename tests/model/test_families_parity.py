@@ -14,7 +14,7 @@ from shoal.model.decoder import Stage
 from shoal.model.families import load_spec
 from shoal.model.parameters import head_is_shared
 from shoal.model.prepare import prepare_weights
-from shoal.model.shard import shard_model
+from shoal.model.shard import Quantization, shard_model
 from shoal.parallel.communicator import SingleCommunicator
 from tests.model.paged import PagedModel, random_chunks
 from tests.model.tiny_models import CONFIGS, VOCAB, load_oracle, make_model
@@ -23,10 +23,16 @@ LENGTH = 50
 TOLERANCE = 1e-4
 
 
-def load_stage(folder: Path, max_model_len: int | None = None, *, deterministic: bool = False) -> Stage:
+def load_stage(
+    folder: Path,
+    max_model_len: int | None = None,
+    *,
+    deterministic: bool = False,
+    quantization: Quantization = "none",
+) -> Stage:
     """The whole model of a checkpoint as one stage."""
     spec, family = load_spec(folder)
-    [shard] = shard_model(spec, ParallelConfig())
+    [shard] = shard_model(spec, ParallelConfig(), quantization)
     with Checkpoint(folder) as checkpoint:
         weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
     weights = prepare_weights(weights, native_library(), head_is_shared=head_is_shared(spec, shard))

@@ -309,6 +309,29 @@ def test_an_event_loop_pauses_a_flood_and_loses_nothing() -> None:
     left.close()
 
 
+def test_a_receive_that_is_cancelled_as_a_message_arrives_is_cancelled() -> None:
+    """In the same turn of the loop: a start that was given up would wait on."""
+    left, right = pair()
+
+    async def body() -> None:
+        channel = await AsyncChannel.adopt(right)
+        frames = channel._frames
+        for turns in range(4):
+            receiving = asyncio.ensure_future(channel.receive(30))
+            while not frames.arrived._waiters:
+                await asyncio.sleep(0)
+            frames.arrived.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            receiving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(receiving, 5)
+        channel.close()
+
+    asyncio.run(body())
+    left.close()
+
+
 def test_an_event_loop_refuses_a_bad_frame() -> None:
     left, right = pair()
 
