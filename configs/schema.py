@@ -232,8 +232,8 @@ class LauncherConfig(Section, frozen=True, kw_only=True):
         Meta(
             ge=1.5,
             le=1e6,
-            description="Seconds without a sign of life, which comes once a second, or of progress in a step, after "
-            "which a rank or engine hangs.",
+            description="Seconds within which a hang is noticed: a rank or engine without a sign of life, which comes "
+            "once a second, or a step without progress, for up to 2 s less.",
         ),
     ] = 10.0
     stop_timeout_s: Annotated[Seconds, Meta(description="Seconds ranks get to end before they are killed.")] = 2.0

@@ -21,6 +21,7 @@ from shoal.engine.rank_messages import FromRank, Heartbeat, LogLine, RankFailure
 from shoal.engine.rank_watch import LOOK_INTERVAL_S, RankWatch
 from shoal.parallel.control import Channel, ControlError, PeerGone, encode_frame
 
+ELSEWHERE_S = 0.4
 HEARING_S = 1.0
 DUMP_WAIT_S = 5.0  # a busy host takes its time
 LOG_LINES = 30
@@ -47,6 +48,10 @@ class Supervisor(ABC):
     @abstractmethod
     def fileno(self) -> int | None:
         """Readable when `ended` has news; None when no rank is supervised here."""
+
+    def knows(self, rank: int) -> bool:
+        """Whether `ended` will tell of this rank."""
+        return False
 
     @abstractmethod
     def ended(self) -> list[RankExit]:
@@ -114,7 +119,7 @@ class RankLinks:
         hosts: Sequence[str] | None = None,
         hang_timeout_s: float = 10.0,
     ) -> None:
-        """hosts: of the ranks, in order, when they are known. hang_timeout_s: launcher's."""
+        """hosts: of the ranks, in order, when they are known. hang_timeout_s: `patience_s` of launcher's."""
         self.size = len(channels)
         self.watch = RankWatch(hosts or [""] * self.size, hang_timeout_s)
         self._channels, self._supervisor = channels, supervisor
@@ -218,12 +223,19 @@ class RankLinks:
     def _hear(self, failures: list[RankFailure] | None = None, exits: list[RankExit] | None = None) -> NoReturn:
         """Collect what can be known about a failure, then raise it."""
         failures, exits = list(failures or []), list(exits or [])
-        deadline = time.monotonic() + HEARING_S
-        while not self._known(failures, exits) and (left := deadline - time.monotonic()) > 0:
+        began = time.monotonic()
+        while not self._known(failures, exits) and (left := began + self._hearing_s() - time.monotonic()) > 0:
             _, more_failures, more_exits = self._collect(left)
             failures += more_failures
             exits += more_exits
         raise self._end(first_cause(failures, exits, self._hung_up))
+
+    def _hearing_s(self) -> float:
+        """How long to wait for a cause. Ranks elsewhere have said all that is heard here before they hung up, and how
+        they ended their crew will tell.
+        """
+        elsewhere = any(not self._supervisor.knows(rank) for rank in self._hung_up)
+        return ELSEWHERE_S if elsewhere else HEARING_S
 
     @staticmethod
     def _known(failures: list[RankFailure], exits: list[RankExit]) -> bool:

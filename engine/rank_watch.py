@@ -13,6 +13,14 @@ from shoal.engine.rank_messages import Heartbeat
 
 STALE_HEARTBEAT_S = 3.0
 LOOK_INTERVAL_S = 1.0
+SHORTEST_S = 1.5  # launcher.hang_timeout_s allows no less
+
+
+def patience_s(hang_timeout_s: float) -> float:
+    """After how long a silence or standstill counts as a hang, so that it is known within launcher.hang_timeout_s: up
+    to 2 s less, for a beat that was still sent, the look at it, and the stacks.
+    """
+    return round(hang_timeout_s - min(2.0, 0.3 * (hang_timeout_s - SHORTEST_S)), 3)
 
 
 class Hang(NamedTuple):
@@ -37,7 +45,7 @@ class RankWatch:
     """Written by the engine's thread; `describe` may be called from others."""
 
     def __init__(self, hosts: Sequence[str], limit_s: float, now: Callable[[], float] = time.monotonic) -> None:
-        """hosts: of the ranks, in order. limit_s: launcher.hang_timeout_s."""
+        """hosts: of the ranks, in order. limit_s: `patience_s`."""
         self.hosts, self.limit_s, self._now = list(hosts), limit_s, now
         self._last_look = now()
         self._heard = [_Heard(self._last_look) for _ in self.hosts]

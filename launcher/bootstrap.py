@@ -52,6 +52,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     those among them that keep to some.
     ranks_per_device: ranks, of all replicas, that share one device's memory.
     grace_s: seconds it keeps its ranks without a front end, for another to take over; 0 ends with the first one.
+    hosts: what the launcher calls the host of each rank; where it says nothing, ranks name their hosts themselves.
     front_address: where its front end listens. listen_host: None for Unix sockets, else the interface ranks connect to.
     """
 
@@ -66,6 +67,7 @@ class EngineBootstrap(Message, frozen=True, kw_only=True):
     config_fingerprint: str
     listen_host: str | None = None
     grace_s: float = 0.0
+    hosts: dict[int, str] = msgspec.field(default_factory=dict)
     cores: dict[int, tuple[int, ...]] = msgspec.field(default_factory=dict)
 
 

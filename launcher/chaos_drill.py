@@ -7,7 +7,7 @@ next one until it is mended. At the end the load stops and everything must be fr
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -45,10 +45,13 @@ class Drill:
         streams: int,
         mend_timeout_s: float = 60.0,
         tell: Callable[[str], None] = lambda text: None,
+        lose: Callable[[str], Awaitable[float]] | None = None,
     ) -> None:
-        """mend_timeout_s: within which a replica must be ready again after a fault. tell: progress in words."""
+        """mend_timeout_s: within which a replica must be ready again after a fault. tell: progress in words. lose: has
+        a host end or be cut off, and returns the moment (time.monotonic) it was; may raise EngineError.
+        """
         self._controller, self._pool, self._streams = controller, list(pool), streams
-        self._mend_timeout_s, self._tell = mend_timeout_s, tell
+        self._mend_timeout_s, self._tell, self._lose = mend_timeout_s, tell, lose
         self._reference: list[Output] = []
         self._hit: set[str] = set()
         self._sent = 0
@@ -139,13 +142,11 @@ class Drill:
         if not decoding:
             return FaultOutcome(fault=fault, at_s=at_s, skipped=f"nothing decoded there for {DECODING_TIMEOUT_S:g} s")
         before = self._controller.state_of(fault.replica)
-        what, whom = fault.kind.split()
         self._hit.update(decoding)
         try:
-            await self._controller.signal(fault.replica, fault.rank if whom == "rank" else None, SIGNALS[what])
+            moment = await self._hurt(fault)
         except EngineError as error:
             return FaultOutcome(fault=fault, at_s=at_s, skipped=str(error))
-        moment = time.monotonic()
         noticed = await self._until(lambda: self._controller.state_of(fault.replica)[1] > before[1])
         recovered = await self._until(lambda: self._controller.state_of(fault.replica)[0] == "ready")
         failures = (await self._status_of(fault.replica)).failures
@@ -157,6 +158,18 @@ class Drill:
             noticed_s=None if noticed is None else noticed - moment,
             recovered_s=None if recovered is None else recovered - moment,
         )
+
+    async def _hurt(self, fault: PlannedFault) -> float:
+        """Do it; the moment it was done. Raises EngineError when it cannot be."""
+        what, whom = fault.kind.split()
+        if whom != "host":
+            moment = time.monotonic()
+            await self._controller.signal(fault.replica, fault.rank if whom == "rank" else None, SIGNALS[what])
+            return moment
+        ranks = (await self._status_of(fault.replica)).ranks
+        if self._lose is None or not ranks:
+            raise EngineError("hosts cannot be lost here")
+        return await self._lose(ranks[fault.rank].host)
 
     async def _decoding_on(self, replica: int) -> list[str]:
         """Requests that decode on a replica, waited for; of the drill's own."""

@@ -8,9 +8,10 @@ import msgspec
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.messages import Request
 
-FaultKind = Literal["kill rank", "kill engine", "stop rank", "stop engine"]
+FaultKind = Literal["kill rank", "kill engine", "stop rank", "stop engine", "lose host"]
 KINDS: tuple[FaultKind, ...] = ("kill rank", "kill engine", "stop rank", "stop engine")
-WEIGHTS: dict[FaultKind, int] = {"kill rank": 6, "kill engine": 2, "stop rank": 1, "stop engine": 1}
+"""What a drill can do by itself; the loss of a host (the rank's) it asks for."""
+WEIGHTS: dict[FaultKind, int] = {"kill rank": 6, "kill engine": 2, "stop rank": 1, "stop engine": 1, "lose host": 1}
 
 
 class PlannedFault(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,11 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    debug = False
+    debug = settable = False
     try:
         command = _chosen(arguments)
         if command is None:
             return 0
+        settable = command.takes_settings
         args, resolved = _parse(command, arguments[1:])
         debug = resolved.config.runtime.log_level == "debug"
         _show_logs(resolved.config.runtime.log_level.upper())
@@ -93,7 +94,7 @@ def _run(arguments: list[str]) -> int:
         if debug:
             show_traceback(error)
         is_users = isinstance(error, ValueError)
-        hint = "" if is_users or debug else "--log-level debug prints the traceback."
+        hint = "" if is_users or debug or not settable else "--log-level debug prints the traceback."
         show_failure("cannot be used" if is_users else "failed", describe(error), hint)
         return EXIT_USAGE if is_users else EXIT_FAILED
 

@@ -7,6 +7,7 @@ shoal status prod; shoal scale prod --replicas 3; shoal down prod
 
 import argparse
 import asyncio
+import contextlib
 import secrets
 import sys
 import time
@@ -28,6 +29,7 @@ from shoal.model.families import load_spec
 from shoal.model.shard import shard_model
 
 POLL_S = 0.25
+END_TIMEOUT_S = 10.0
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
@@ -68,6 +70,8 @@ async def _up(order: DetachedOrder) -> None:
             door = await _until_ready(actor, launcher.start_timeout_s)
             print(await actor.call("report"), file=sys.stderr)
         except BaseException:
+            with contextlib.suppress(EngineError):
+                await actor.call("down", 0.0, timeout_s=END_TIMEOUT_S)  # its journal goes, too
             actor.kill()
             end_crews(cluster, order.name)
             raise

@@ -72,7 +72,8 @@ def _add_chaos(parser: argparse.ArgumentParser) -> None:
         "--faults",
         default="kill-rank,kill-engine,stop-rank,stop-engine",
         metavar="KIND,...",
-        help="Of kill-rank, kill-engine, stop-rank, stop-engine. (default: all)",
+        help="Of kill-rank, kill-engine, stop-rank, stop-engine (default: these), and lose-host, for which it prints "
+        "`lose ADDRESS` and waits for a line on standard input.",
     )
     parser.add_argument("--json", metavar="FILE", help="Write the report to a file.")
 

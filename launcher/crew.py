@@ -30,7 +30,7 @@ from shoal.launcher.crew_messages import (
 from shoal.launcher.engine_holdout import adopt_engine
 from shoal.launcher.local import ENGINE_ENTRY, Child, LocalProcesses
 from shoal.launcher.local_start import count_gpus, has_native, start_processes
-from shoal.launcher.processes import describe_exit
+from shoal.launcher.processes import describe_exit, signal_ours
 from shoal.launcher.rank_group import RANK_ENTRY
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.checkpoint_files import verify_checksums
@@ -145,6 +145,10 @@ class Crew:
                 self._processes.kill(child)
         if children:
             await asyncio.wait([child.ended for child in children.values()], timeout=END_WAIT_S)
+
+    async def signal(self, pid: int, number: int) -> bool:
+        """Send a signal to one of Shoal's processes on this host, for fault drills; False when it is not there."""
+        return signal_ours(pid, number)
 
     async def pids(self) -> dict[str, int]:
         """Process ids by name, of what runs, for those who look at hosts (fault drills)."""

@@ -115,12 +115,13 @@ class DetachedController:
         self._logs = _KeptLines()
         logging.getLogger().addHandler(self._logs)
         logging.getLogger().setLevel(self._order.config.runtime.log_level.upper())
-        self._doing = "starting"
+        self._doing, self._host = "starting", platform.node()
         self._refused: HostRefused | None = None
         self._door: Door | None = None
         self._controller: Controller | None = None
         self._fleet: RayFleet | None = None
         self._journal: Journal | None = None
+        self._ending, self._ended = threading.Lock(), False
         self._orphans: Orphans | None = None
         self._serving: asyncio.Task[None] | None = None
         self._loop = LoopThread("shoal-controller")
@@ -152,7 +153,8 @@ class DetachedController:
         weights = config.model.load_format != "dummy"
         digest = "" if model_dir is None else await asyncio.to_thread(checkpoint_digest, model_dir, weights)
         cluster = Cluster()
-        journal = self._journal = await asyncio.to_thread(open_journal, order.name, order.launch)
+        self._host = cluster.own_node().address  # as replicas' hosts are called
+        journal = await asyncio.to_thread(self._open_journal)
         fleet = self._fleet = RayFleet(cluster, config, spec, model_dir, order.worker, order.name)
         count, kept = await self._recover(fleet, journal)
         controller = make_controller(fleet.make, count, fleet.settled, journal=journal)
@@ -178,6 +180,14 @@ class DetachedController:
         self._doing = "serving"
         keep_heap()
         logger.info("%s takes requests at %s", order.name, door.address)
+
+    def _open_journal(self) -> Journal:
+        """Raises EngineError once the model was taken down."""
+        with self._ending:
+            if self._ended:
+                raise EngineError("it was taken down while it started")
+            self._journal = open_journal(self._order.name, self._order.launch)
+            return self._journal
 
     async def _recover(self, fleet: RayFleet, journal: Journal) -> tuple[int, list[int]]:
         """Find what an earlier life left, or place replicas; how many there shall be, and those of them that were
@@ -220,7 +230,7 @@ class DetachedController:
             name=order.name,
             model=order.config.model.path or "",
             layout=(parallel.tensor, parallel.pipeline, parallel.data),
-            host=platform.node(),
+            host=self._host,
             pid=os.getpid(),
             state=state,
             controller=None if controller is None else self._loop.run(controller.status(), 10.0),
@@ -256,6 +266,7 @@ class DetachedController:
         while True:
             slots = (await controller.status()).replicas
             if all(slot.ready for slot in slots):
+                logger.info("%s has %d replicas, and had %d", self._order.name, replicas, len(have))
                 return
             lost = next((slot for slot in slots if slot.state == "given up"), None)
             if lost is not None or time.monotonic() >= deadline:
@@ -270,8 +281,10 @@ class DetachedController:
         if self._controller is not None:
             unfinished = self._loop.run(self._down(self._controller, drain_s), drain_s + SCALE_SLACK_S)
         end_crews(Cluster(), self._order.name)
-        if self._journal is not None:
-            remove_journal(self._journal)
+        with self._ending:
+            self._ended = True
+            if self._journal is not None:
+                remove_journal(self._journal)
         return unfinished
 
     async def _down(self, controller: Controller, drain_s: float) -> list[str]:

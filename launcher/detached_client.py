@@ -20,7 +20,8 @@ def check_name(name: str) -> str:
     """The name of a detached model. Raises ValueError when it cannot be one."""
     if _NAME.fullmatch(name) is None:
         raise ValueError(
-            f"--name {name}: must be 1 to 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
+            f"{name} cannot be a model's name: it must be 1 to 64 letters, digits, dots, dashes and underscores, the "
+            "first a letter or digit"
         )
     return name
 

@@ -5,17 +5,17 @@ The front end listens, the engine connects; ranks are the engine's to start or t
 
 import asyncio
 import logging
-import os
 import platform
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 
 from shoal.engine.cache_log import CacheChanges
 from shoal.engine.client import EngineError
 from shoal.engine.messages import Failure
+from shoal.engine.rank_watch import patience_s
 from shoal.launcher.bootstrap import EngineBootstrap
+from shoal.launcher.processes import signal_ours
 from shoal.launcher.replica import Progress, RankPlace, ReplicaHandle
 from shoal.launcher.replica_client import ReplicaClient, failure_text
 from shoal.launcher.replica_messages import (
@@ -24,6 +24,7 @@ from shoal.launcher.replica_messages import (
     FromEngine,
     Listening,
     LogText,
+    ProcessPlace,
     RankHealth,
     Ready,
     Refused,
@@ -81,7 +82,7 @@ class EngineReplica(ReplicaHandle):
         self.client = self._client = ReplicaClient(
             self._channel,
             where=self._where,
-            silence_s=self.bootstrap.model.config.launcher.hang_timeout_s,
+            silence_s=patience_s(self.bootstrap.model.config.launcher.hang_timeout_s),
             explain=self.explain,
             stop=self.stop,
         )
@@ -121,18 +122,17 @@ class EngineReplica(ReplicaHandle):
         ]
 
     async def signal(self, rank: int | None, number: int) -> None:
-        """To a process of this host that is called as Shoal's are."""
+        """To a process that is called as Shoal's are."""
         ready = self._ready
         if ready is None or ready.engine is None:
             raise EngineError(f"{self._where}its processes are not known")
         place = ready.engine if rank is None else ready.ranks[rank]
-        try:
-            if place.host == platform.node() and Path(f"/proc/{place.pid}/comm").read_text().startswith("shoal-"):
-                os.kill(place.pid, number)
-                return
-        except OSError:
-            pass  # it has ended
-        raise EngineError(f"{self._where}process {place.pid} on {place.host} is not to be reached from here")
+        if not await self._reach(rank, place, number):
+            raise EngineError(f"{self._where}process {place.pid} on {place.host} is not to be reached from here")
+
+    async def _reach(self, rank: int | None, place: ProcessPlace, number: int) -> bool:
+        """Send the signal, to this host's processes; False for others, and for one that has ended."""
+        return place.host == platform.node() and signal_ours(place.pid, number)
 
     async def stop(self) -> None:
         """Ask the engine to end its ranks and itself, and wait for it a little."""

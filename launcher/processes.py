@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from shoal.launcher.zygote_messages import ZYGOTE_MESSAGES, Exited, Fork, Forked, Loaded, Signal
 from shoal.parallel.control import Channel, ControlError, PeerGone
@@ -33,6 +34,17 @@ def describe_exit(exited: Exited) -> str:
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
     return f"ended with exit code {exited.status}"
+
+
+def signal_ours(pid: int, number: int) -> bool:
+    """Send a signal to a process of this host that is called as Shoal's are; False when there is no such one."""
+    try:
+        if not Path(f"/proc/{pid}/comm").read_text().startswith("shoal-"):
+            return False
+        os.kill(pid, number)
+    except OSError:
+        return False
+    return True
 
 
 class ZygoteConnection:

@@ -23,6 +23,7 @@ from shoal.engine.rank_messages import (
     Profile,
     Profiled,
 )
+from shoal.engine.rank_watch import patience_s
 from shoal.launcher.bootstrap import EngineBootstrap, RankBootstrap
 from shoal.launcher.capacity import make_capacity
 from shoal.launcher.processes import ZygoteConnection, describe_exit
@@ -65,6 +66,10 @@ class LocalRanks(Supervisor):
     def fileno(self) -> int | None:
         """The zygote's channel."""
         return self._connection.fileno() if self._ranks else None
+
+    def knows(self, rank: int) -> bool:
+        """One of them."""
+        return rank in self._ranks.values()
 
     def ended(self) -> list[RankExit]:
         """Ranks that ended, with their logs."""
@@ -120,7 +125,7 @@ class RankGroup:
             for rank, device in self._bootstrap.devices.items():
                 self._supervisor.start(self._rank_bootstrap(rank, device))
             channels = self._connected()
-            limit_s = self._config.launcher.hang_timeout_s
+            limit_s = patience_s(self._config.launcher.hang_timeout_s)
             links = self._links = RankLinks(channels, self._supervisor, self._hosts, limit_s)
             self._rendezvous = make_rendezvous(self._config, self._bootstrap.listen_host)
             links.broadcast(Begin(rendezvous=self._rendezvous.address), SEND_TIMEOUT_S)
@@ -188,7 +193,8 @@ class RankGroup:
 
         arrivals = RankArrivals(self._listener, self._bootstrap.key, self._size, self._supervisor).wait(left)
         self._channels = [channel for channel, _ in arrivals]
-        hellos = [hello for _, hello in arrivals]
+        names = self._bootstrap.hosts
+        hellos = [msgspec.structs.replace(hello, host=names.get(hello.rank, hello.host)) for _, hello in arrivals]
         check_alike(hellos, self._bootstrap.config_fingerprint)
         self._hosts = [hello.host for hello in hellos]
         self.places = [ProcessPlace(hello.host, hello.pid) for hello in hellos]

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -23,12 +24,18 @@ MIN_OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes; nothing of Shoal's 
 AUTH_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 AUTH_MODES = {"token": "token", "off": "disabled"}
 START_HINT = "start one with `ray start --head` and give its address as host:port"
-CONNECT_HINT = "start one with `ray start --head`, or use launcher.address = local"
+CONNECT_HINT = "is its head up (`ray start --head`), and is this the address it gave?"
+TOKEN_HINT = "set RAY_AUTH_TOKEN to the cluster's (or RAY_AUTH_TOKEN_PATH, or put it in ~/.ray/auth_token)"
 CALL_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 class ActorSilent(EngineError):
     """An actor did not answer in time: it is stopped, or the link to its node is cut."""
+
+
+class JoinRefused(ValueError):
+    """There is no cluster to join, or it does not let this process in: the user's to mend."""
 
 
 class Node(NamedTuple):
@@ -91,6 +98,9 @@ class Cluster:
         else token. cpus: that a cluster started here says it has; None starts none. Raises ValueError (no ray, wrong
         address), EngineError.
         """
+        named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+        if named not in (None, "auto", "local"):
+            _require_answer(named, "RAY_ADDRESS" if address == "auto" else "launcher.address")
         _set_auth(auth)
         ray = _import_ray()
         if ray.is_initialized():
@@ -100,7 +110,7 @@ class Cluster:
             if address != "local" and cls._joined(ray, address, quiet):
                 return cls()
             if cpus is None:
-                raise ValueError(f"launcher.address = {address}: there is no Ray cluster to join; {START_HINT}")
+                raise JoinRefused(f"launcher.address = {address}: there is no Ray cluster to join; {START_HINT}")
             folder = tempfile.mkdtemp(prefix="shoal-ray-")
             with _environment_of_local_cluster():
                 ray.init(
@@ -112,8 +122,13 @@ class Cluster:
                     **quiet,
                 )
             return cls(folder)
+        except ray.exceptions.AuthenticationError:
+            raise ValueError(
+                f"launcher.ray_auth = {auth}: no token was found; {TOKEN_HINT}, or join a cluster without tokens with "
+                "--ray-auth off"
+            ) from None
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, EngineError) or (isinstance(error, ValueError) and cpus is None):
+            if isinstance(error, EngineError | JoinRefused):
                 raise
             raise EngineError(f"cannot join a Ray cluster ({address}): {_first_line(error)}") from error
 
@@ -127,6 +142,8 @@ class Cluster:
         except ConnectionError as error:
             if named is None:
                 return False
+            if "InvalidAuthToken" in f"{error} {error.__cause__}":
+                raise JoinRefused(_about_tokens(named)) from None
             raise EngineError(f"no Ray cluster answers at {named}: {_first_line(error)}; {CONNECT_HINT}") from error
 
     def nodes(self) -> list[Node]:
@@ -249,7 +266,7 @@ class Cluster:
 
 def _import_ray() -> Any:
     try:
-        import ray
+        import ray.exceptions
     except ImportError as error:
         raise ValueError(
             f'launcher.kind = ray needs the package ray: pip install "shoal[ray]" ({_first_line(error)})'
@@ -270,6 +287,26 @@ def _set_auth(auth: str) -> None:
     if "ray" in sys.modules and given is None:
         raise ValueError(f"launcher.ray_auth = {auth} must be set before ray is imported; set {AUTH_VARIABLE} instead")
     os.environ[AUTH_VARIABLE] = AUTH_MODES[auth]
+
+
+def _about_tokens(address: str) -> str:
+    """Why a cluster does not let this process in."""
+    if os.environ[AUTH_VARIABLE].lower() != AUTH_MODES["token"]:
+        return f"the cluster at {address} wants a token, and launcher.ray_auth is off; leave it out, and {TOKEN_HINT}"
+    return f"the token that was found is not the one of the cluster at {address}; {TOKEN_HINT}"
+
+
+def _require_answer(address: str, name: str) -> None:
+    """Raise ValueError when this is no address, EngineError when nobody listens there; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or int(port) >= 1 << 16:
+        raise ValueError(f"{name} = {address}: must be host:port of a cluster's head, such as 10.0.0.1:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise EngineError(
+            f"no Ray cluster answers at {name} = {address}: {error.strerror or error}; {CONNECT_HINT}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -291,6 +291,7 @@ class RayFleet:
             config_fingerprint=config_fingerprint,
             listen_host=None if place.one_host else first.address,
             grace_s=0.0 if self._name is None else config.launcher.controller_grace_s,
+            hosts=place.addresses,
         )
         others = {
             post.actor: [
@@ -315,6 +316,7 @@ class RayFleet:
             listener,
             bootstrap,
             addresses=place.addresses,
+            crews=place.crews,
             where=f"replica {number}: " if several else "",
         )
 
@@ -332,7 +334,14 @@ class RayFleet:
         others: dict[Actor, list[RankBootstrap]] = {post.actor: [] for post in place.posts[1:]}
         where = f"replica {engine.replica}: "
         return RayReplica(
-            first.actor, others, listener, bootstrap, addresses=place.addresses, where=where, adopted=True
+            first.actor,
+            others,
+            listener,
+            bootstrap,
+            addresses=place.addresses,
+            crews=place.crews,
+            where=where,
+            adopted=True,
         )
 
     def _model(self, config: ShoalConfig, post: Post) -> Model:

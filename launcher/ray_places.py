@@ -37,6 +37,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         return {rank: post.address for post in self.posts for rank in post.ranks}
 
     @property
+    def crews(self) -> dict[int, Actor]:
+        """Of each rank."""
+        return {rank: post.actor for post in self.posts for rank in post.ranks}
+
+    @property
     def one_host(self) -> bool:
         """Whether all ranks can share memory."""
         return len({post.report.host for post in self.posts}) == 1

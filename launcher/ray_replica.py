@@ -11,6 +11,7 @@ from shoal.launcher.crew_messages import ENDS, StartRanks
 from shoal.launcher.engine_replica import EngineReplica
 from shoal.launcher.ray_cluster import Actor
 from shoal.launcher.replica import RankPlace
+from shoal.launcher.replica_messages import ProcessPlace
 from shoal.parallel.control_connect import Listener
 
 WATCH_S = 20.0
@@ -30,15 +31,16 @@ class RayReplica(EngineReplica):
         bootstrap: EngineBootstrap,
         *,
         addresses: Mapping[int, str],
+        crews: Mapping[int, Actor],
         where: str = "",
         adopted: bool = False,
     ) -> None:
         """others: the ranks of the other crews, without the engine's address. addresses: of the node of each rank.
-        adopted: the engine runs already and connects to the listener.
+        crews: of each rank, the engine's among them. adopted: the engine runs already and connects to the listener.
         """
         super().__init__(listener, bootstrap, where=where, on_listening=self._order_ranks)
         self._engine_crew, self._others, self._adopted = engine_crew, dict(others), adopted
-        self._addresses = addresses
+        self._addresses, self._crews = addresses, crews
         self._orders: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[str] | None = None
 
@@ -63,7 +65,8 @@ class RayReplica(EngineReplica):
                 return str(error)
             for ended in told.ends:
                 if ended.name.startswith("engine"):
-                    return f"the engine process {ended.how}"
+                    how, _, log = ended.how.partition("\n")
+                    return f"the engine process {how} on {self._addresses[0]}\n{log}".strip()
 
     def how_ended(self) -> str | None:
         """From its crew; a crew that could not start its ranks counts as the end as well."""
@@ -80,7 +83,7 @@ class RayReplica(EngineReplica):
 
     async def failed(self) -> EngineError:
         """The same; the engine sees only a hangup of a rank elsewhere, and that rank's crew knows more."""
-        error = await super().failed()
+        error = _on_host(await super().failed(), self._addresses)
         told = await asyncio.gather(*(self._ended_by_signal(actor) for actor in self._others))
         known = [text for texts in told for text in texts]
         return EngineError(f"{self._where}{'; '.join(known)}\n{error}") if known else error
@@ -97,6 +100,12 @@ class RayReplica(EngineReplica):
         """Hosts by the addresses of their nodes."""
         return [msgspec.structs.replace(place, host=self._addresses[place.rank]) for place in super().places()]
 
+    async def _reach(self, rank: int | None, place: ProcessPlace, number: int) -> bool:
+        """Through the crew on its host."""
+        crew = self._engine_crew if rank is None else self._crews[rank]
+        reached: bool = await crew.call("signal", place.pid, number, timeout_s=EXPLAIN_WAIT_S)
+        return reached
+
     async def stop(self) -> None:
         """The same, and the crews kill what has not ended then."""
         await super().stop()
@@ -105,3 +114,11 @@ class RayReplica(EngineReplica):
             task.cancel()
         stops = (actor.call("stop", timeout_s=STOP_WAIT_S) for actor in (self._engine_crew, *self._others))
         await asyncio.gather(*tasks, *stops, return_exceptions=True)
+
+
+def _on_host(error: EngineError, addresses: Mapping[int, str]) -> EngineError:
+    """The same with the engine's host, when its first line names none."""
+    first, _, rest = str(error).partition("\n")
+    if any(address in first for address in addresses.values()):
+        return error
+    return EngineError(f"{first} (engine on {addresses[0]})\n{rest}".strip())

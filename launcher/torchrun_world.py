@@ -2,10 +2,11 @@
 
 World ranks [d * size, (d + 1) * size) are replica d's, size = tensor x pipeline; the first of them is its leader. The
 store is torch's, at MASTER_ADDR:MASTER_PORT; as anything there it is open to whoever reaches that port. Every attempt
-of torchrun has its own part of it.
+of torchrun has its own part of it, so that it finds nothing of the one before.
 """
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from shoal.model.shard import ModelShard
 from shoal.parallel.control_connect import address_towards
 
 WATCH_INTERVAL_S = 0.5
+BEGINNING = "world rank 0 to begin"
 STORE_POLL_S = 0.1  # its own wait writes warnings, and cannot be interrupted
 
 
@@ -32,7 +34,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     local_rank: int
     local_size: int
     master: str
-    attempt: str
+    run: str
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +66,7 @@ def read_world(environ: Mapping[str, str]) -> World:
         local_rank=int(environ["LOCAL_RANK"]),
         local_size=int(environ["LOCAL_WORLD_SIZE"]),
         master=environ["MASTER_ADDR"],
-        attempt=environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        run=environ.get("TORCHELASTIC_RUN_ID", "none"),
     )
 
 
@@ -88,14 +90,35 @@ class Store:
         from torch.distributed import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        self._timeout_s = timeout_s
+        self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
         try:
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except (RuntimeError, ValueError) as error:
             raise EngineError(
                 f"world rank {world.rank} cannot reach torchrun's store at {world.master}: {error}"
             ) from error
-        self._store = PrefixStore(f"shoal/{world.attempt}", store)
+        self._store = PrefixStore(f"shoal/{world.run}", store)
+        self._store = PrefixStore(self._agree(world), self._store)
+
+    def _agree(self, world: World) -> str:
+        """A name of this attempt, known to all its processes and to none of another. torchrun's count of restarts will
+        not do: each host counts for itself. World rank 0 makes a name; who has told it a number of its own under that
+        name, and is told it back, is in the same attempt.
+        """
+        mine, name = secrets.token_hex(8), ""
+        if world.rank == 0:
+            self._store.set("attempt", mine)
+            met = [
+                self._take(f"{mine}/{rank}", f"world rank {rank} to introduce itself") for rank in range(1, world.size)
+            ]
+            self._store.set(f"{mine}/met", b" ".join(met))  # type: ignore[arg-type]
+            return mine
+        while mine.encode() not in (self._read(f"{name}/met", BEGINNING) or b"").split():
+            self._wait(BEGINNING)
+            if (now := (self._read("attempt", BEGINNING) or b"").decode()) != name:
+                name = now
+                self._store.set(f"{name}/{world.rank}", mine)
+        return name
 
     def put(self, name: str, value: msgspec.Struct) -> None:
         """Set a value, once."""
@@ -103,17 +126,26 @@ class Store:
 
     def take(self, name: str, kind: Any, waiting_for: str) -> Any:
         """The value of a name, waited for. Raises EngineError saying what was waited for."""
-        deadline = time.monotonic() + self._timeout_s
+        self._deadline = time.monotonic() + self._timeout_s
+        return msgspec.msgpack.decode(self._take(name, waiting_for), type=kind)
+
+    def _take(self, name: str, waiting_for: str) -> bytes:
+        while (value := self._read(name, waiting_for)) is None:
+            self._wait(waiting_for)
+        return value
+
+    def _read(self, name: str, waiting_for: str) -> bytes | None:
+        """The value of a name, None when there is none yet. Raises EngineError."""
         try:
-            while not self._store.check([name]):
-                if time.monotonic() >= deadline:
-                    raise EngineError(f"waited {self._timeout_s:g} s (launcher.start_timeout_s) for {waiting_for}")
-                time.sleep(STORE_POLL_S)
-            return msgspec.msgpack.decode(self._store.get(name), type=kind)
+            return bytes(self._store.get(name)) if self._store.check([name]) else None
         except RuntimeError as error:
-            if isinstance(error, EngineError):
-                raise
             raise EngineError(f"torchrun's store is gone while waiting for {waiting_for}: {error}") from error
+
+    def _wait(self, waiting_for: str) -> None:
+        """A moment. Raises EngineError past the deadline."""
+        if time.monotonic() >= self._deadline:
+            raise EngineError(f"waited {self._timeout_s:g} s (launcher.start_timeout_s) for {waiting_for}")
+        time.sleep(STORE_POLL_S)
 
 
 def introduce(store: Store, world: World, config_fingerprint: str) -> None:

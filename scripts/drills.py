@@ -11,6 +11,12 @@
     disconnects                    1,000 clients that hang up: blocks free, other streams unchanged
     endurance                      30 minutes of load with faults: memory, threads, descriptors, shared memory
 
+and over Ray, on hosts made of network namespaces (needs root, iproute2 and the dev extras), which `all` leaves out:
+
+    ray-kills-tp2-dp2, ray-kills-pp2-dp2   100 worker kills under 32 streams; a host for each replica, for each rank
+    ray-stops                              20 SIGSTOPs, a host for each of two replicas
+    node-loss, node-loss-pp2-dp2           5 nodes lost, killed or cut off in turns; a host for each replica, each rank
+
 Reports go to docs/benchmarks/drill_<name>.json with seed and commit. All run the demo model in float32 with
 deterministic = true. Exit status 1 when a drill did not show what it is for.
 """
@@ -79,6 +85,19 @@ def single(scale: float, seed: int, out: Path) -> bool:
     """A replica alone."""
     options = ["--count", str(times(20, scale)), "--pause", "1", "--faults", "kill-rank,kill-engine", "--streams", "8"]
     return chaos(["-tp", "2"], options, seed, out)
+
+
+def over_ray(layout: list[str], cpus: list[int], faults: str, count: int) -> Callable[[float, int, Path], bool]:
+    """A drill on a Ray cluster of rehearsed hosts."""
+
+    def drill(scale: float, seed: int, out: Path) -> bool:
+        sys.path.insert(0, str(ROOT))  # the hosts are made as tests make them
+        from tests.cluster.ray_chaos import chaos_over_ray
+
+        load = ["--count", str(times(count, scale, 1)), "--pause", "1", "--faults", faults, "--seed", str(seed)]
+        return chaos_over_ray(cpus, [*layout, *load, "--streams", str(times(32, max(scale, 0.25)))], out)
+
+    return drill
 
 
 def endurance(scale: float, seed: int, out: Path) -> bool:
@@ -296,12 +315,20 @@ DRILLS: dict[str, Callable[[float, int, Path], bool]] = {
     "disconnects": disconnects,
     "endurance": endurance,
 }
+TP2_DP2, PP2_DP2 = ["-tp", "2", "-dp", "2"], ["-pp", "2", "-dp", "2"]
+RAY_DRILLS: dict[str, Callable[[float, int, Path], bool]] = {
+    "ray-kills-tp2-dp2": over_ray(TP2_DP2, [0, 2, 2], "kill-rank", 100),
+    "ray-kills-pp2-dp2": over_ray(PP2_DP2, [1, 1, 1, 1], "kill-rank", 100),
+    "ray-stops": over_ray(TP2_DP2, [0, 2, 2], "stop-rank", 20),
+    "node-loss": over_ray(TP2_DP2, [0, 2, 2, 2], "lose-host", 5),
+    "node-loss-pp2-dp2": over_ray(PP2_DP2, [0, 1, 1, 1, 1, 1], "lose-host", 5),
+}
 
 
 def main() -> int:
     """Run one drill, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drill", choices=[*DRILLS, "all"])
+    parser.add_argument("drill", choices=[*DRILLS, *RAY_DRILLS, "all"])
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the reports")
@@ -310,7 +337,7 @@ def main() -> int:
     failed = []
     for name in names:
         print(f"--- {name}, scale {args.scale:g}", flush=True)
-        if not DRILLS[name](args.scale, args.seed, args.out / f"drill_{name}.json"):
+        if not {**DRILLS, **RAY_DRILLS}[name](args.scale, args.seed, args.out / f"drill_{name}.json"):
             failed.append(name)
     print("failed: " + ", ".join(failed) if failed else "all passed")
     return 1 if failed else 0

@@ -1,6 +1,5 @@
 """The wheel holds every room, the layouts, the C sources and the demo model; installed elsewhere, it works there."""
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -8,33 +7,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.wheels import ROOT, build_wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of what the repository tracks (and would track)."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        timeout=30,
-    ).stdout
-    for name in listed.decode().split("\0"):
-        origin, copy = ROOT / name, source / name
-        if not name or not (origin.is_file() or origin.is_symlink()):
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if origin.is_symlink():
-            copy.symlink_to(os.readlink(origin))
-        else:
-            copy.write_bytes(origin.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder), "."]
-    subprocess.run(command, cwd=source, check=True, timeout=120)
-    return next(folder.glob("shoal-*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def tracked(*patterns: str) -> list[str]:

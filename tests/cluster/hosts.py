@@ -40,9 +40,10 @@ class Host:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """Run a command in the namespace, its output captured."""
+        """Run a command in the namespace, its input and output as pipes."""
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.name, *command],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

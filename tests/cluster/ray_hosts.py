@@ -15,6 +15,7 @@ from typing import Any
 from tests.cluster.hosts import Host
 
 PORT = 6390
+DASHBOARD = "http://127.0.0.1:8265"
 START_TIMEOUT_S = 150.0
 NOTICE_S = 6.0  # after which Ray's health checks have found a node that is gone
 
@@ -37,11 +38,15 @@ def ray_environment() -> dict[str, str]:
 class RayHosts:
     """Started nodes, the head in the first host."""
 
-    def __init__(self, hosts: list[Host], cpus: list[int]) -> None:
-        """cpus: that each node says it has."""
-        self.hosts, self._env, self._cpus = hosts, ray_environment(), cpus
+    def __init__(self, hosts: list[Host], cpus: list[int], jobs: bool = False) -> None:
+        """cpus: that each node says it has. jobs: the head takes jobs, and no node finds the checkout by itself."""
+        self.hosts, self.env, self._cpus = hosts, ray_environment(), cpus
         self.address = f"{hosts[0].address}:{PORT}"
-        self._wait(self._launch(hosts[0], ["--head", "--port", str(PORT), "--include-dashboard", "false"]))
+        if jobs:
+            search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            self.env |= {"PYTHONPATH": "", "PATH": search}
+        head = ["--head", "--port", str(PORT), "--include-dashboard", str(jobs).lower()]
+        self._wait(self._launch(hosts[0], head))
         for starting in [self._launch(host, ["--address", self.address]) for host in hosts[1:]]:
             self._wait(starting)
 
@@ -54,7 +59,7 @@ class RayHosts:
         command += ["--node-ip-address", host.address, "--num-cpus", str(self._cpus[host.number])]
         command += ["--temp-dir", str(host.folder)]
         command += ["--object-store-memory", str(80 << 20), "--disable-usage-stats"]
-        return host.start(command, self._env)
+        return host.start(command, self.env)
 
     @staticmethod
     def _wait(process: subprocess.Popen[str]) -> None:
@@ -63,7 +68,7 @@ class RayHosts:
 
     def shoal(self, *arguments: str, host: int = 0) -> subprocess.Popen[str]:
         """Start a command of shoal on a host."""
-        return self.hosts[host].start([sys.executable, "-m", "shoal", *arguments], self._env)
+        return self.hosts[host].start([sys.executable, "-m", "shoal", *arguments], self.env)
 
     def run_shoal(self, *arguments: str, timeout_s: float = 150.0) -> str:
         """A command's standard output, once it has ended well."""
@@ -71,6 +76,13 @@ class RayHosts:
         output, errors = process.communicate(timeout=timeout_s)
         assert process.returncode == 0, f"shoal {' '.join(arguments)}\n{output}\n{errors}"
         return output
+
+    def job(self, *arguments: str, timeout_s: float = 200.0) -> tuple[int, str]:
+        """`ray job submit`: its exit status, and the job's log among what it says."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", DASHBOARD, *arguments]
+        process = self.hosts[0].start(command, self.env)
+        output, errors = process.communicate(timeout=timeout_s)
+        return process.returncode, output + errors
 
     def status(self, name: str) -> dict[str, Any]:
         """`shoal status --json`."""

@@ -87,6 +87,14 @@ def cut_link(cluster: RayHosts, chance: random.Random) -> None:
     cluster.start_node(host.number)
 
 
+def blink_link(cluster: RayHosts, chance: random.Random) -> None:
+    """Shorter than anybody's deadline: what was on its way is sent again."""
+    host = chance.choice(with_ranks(cluster))
+    host.cut()
+    time.sleep(2.0)  # the length of the fault
+    host.heal()
+
+
 FAULTS = [kill_rank, kill_engine, stop_rank, kill_raylet, lose_node, cut_link]
 random.Random(SEED).shuffle(FAULTS)
 
@@ -101,6 +109,21 @@ def lines(path: Path) -> int:
 def test_fault_neither_loses_nor_changes_a_token(
     cluster: RayHosts, folder: Path, fault: Callable[[RayHosts, random.Random], None]
 ) -> None:
+    messages, output = under_load(cluster, folder, fault)
+    assert "is ready again" in messages
+    assert tokens(output) == tokens(folder / "alone.jsonl")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_link_that_is_cut_for_a_moment_costs_no_replica(cluster: RayHosts, folder: Path) -> None:
+    messages, output = under_load(cluster, folder, blink_link)
+    assert "failed" not in messages
+    assert tokens(output) == tokens(folder / "alone.jsonl")
+
+
+def under_load(cluster: RayHosts, folder: Path, fault: Callable[[RayHosts, random.Random], None]) -> tuple[str, Path]:
+    """What a run said on standard error, and its output, that a fault came over while it was decoding."""
     output = folder / f"{fault.__name__}.jsonl"
     command = ["generate", "demo", "--prompts", str(folder / "prompts.txt"), "--output", str(output), *FLAGS]
     command += ["--launcher", "ray", "--ray-address", cluster.address, "-tp", "2", "-pp", "2", "--max-restarts", "20"]
@@ -120,5 +143,4 @@ def test_fault_neither_loses_nor_changes_a_token(
     reader.join(20.0)
     print("".join(messages), flush=True)
     assert load.returncode == 0
-    assert "is ready again" in messages[0]
-    assert tokens(output) == tokens(folder / "alone.jsonl")
+    return messages[0], output

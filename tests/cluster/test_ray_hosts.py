@@ -40,12 +40,6 @@ def two_nodes() -> Iterator[RayHosts]:
         yield RayHosts(hosts, cpus=[1, 1])
 
 
-@pytest.fixture
-def three_nodes() -> Iterator[RayHosts]:
-    with joined_hosts(3) as hosts:
-        yield RayHosts(hosts, cpus=[4, 2, 2])
-
-
 @pytest.mark.timeout(400)
 def test_stages_on_two_nodes_give_the_tokens_of_one_process(two_nodes: RayHosts, prompts: Path, tmp_path: Path) -> None:
     flags = ["--launcher", "ray", "--ray-address", two_nodes.address, "-pp", "2"]
@@ -60,11 +54,16 @@ def test_stages_on_two_nodes_give_the_tokens_of_one_process(two_nodes: RayHosts,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_all_axes_on_three_nodes_give_the_tokens_of_one_process(
-    three_nodes: RayHosts, prompts: Path, tmp_path: Path
+@pytest.mark.parametrize("cpus", [[4, 2, 2], [2, 2, 2, 2]], ids=["one_replica_split", "both_replicas_split"])
+def test_all_axes_on_several_nodes_give_the_tokens_of_one_process(
+    cpus: list[int], prompts: Path, tmp_path: Path
 ) -> None:
-    """One replica has a host of its own and shares memory, the other one's stages are on two hosts."""
+    """Tensor 2 inside a host, pipeline 2 across hosts, data 2. On three hosts one has room for a whole replica, which
+    shares memory there; on four the stages of both are apart.
+    """
     output = tmp_path / "ray.jsonl"
-    command = ["generate", "demo", "--prompts", str(prompts), "--output", str(output), *LENGTH]
-    three_nodes.run_shoal(*command, "--config", "ray_tp2_pp2_dp2", "--ray-address", three_nodes.address)
+    with joined_hosts(len(cpus)) as hosts:
+        cluster = RayHosts(hosts, cpus)
+        command = ["generate", "demo", "--prompts", str(prompts), "--output", str(output), *LENGTH]
+        cluster.run_shoal(*command, "--config", "ray_tp2_pp2_dp2", "--ray-address", cluster.address)
     assert tokens(output) == alone(prompts, tmp_path / "alone.jsonl")

@@ -54,12 +54,26 @@ def test_stages_on_two_hosts_serve_over_their_own_interfaces(hosts: list[Host], 
 
 
 @pytest.mark.slow
-def test_demo_model_on_two_hosts_gives_the_tokens_of_one_process(hosts: list[Host]) -> None:
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_an_attempt_after_a_failed_one_finds_nothing_of_it_on_either_host(hosts: list[Host], rendezvous: str) -> None:
+    processes = start(hosts, ["--max-restarts", "1", SCRIPT, ".", "1", "2", "1", "restarts"], rendezvous, per_host=1)
+    output, errors = processes[0].communicate(timeout=TIMEOUT_S)
+    assert processes[0].returncode == 0, errors
+    assert output == "serving 1\n"
+    _, errors = processes[1].communicate(timeout=30)
+    assert processes[1].returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layout, per_host", [("tp2_pp2", 2), ("tp2_pp2_dp2", 4)])
+def test_demo_model_on_two_hosts_gives_the_tokens_of_one_process(hosts: list[Host], layout: str, per_host: int) -> None:
+    """The stages of one replica on two hosts; with two, a host for each."""
     generate = ["generate", "demo", "-p", "def main(", "--max-tokens", "16", "--temperature", "0"]
     alone = subprocess.run(
         [sys.executable, "-m", "shoal", *generate], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
     )
-    processes = start(hosts, ["-m", "shoal", *generate, "--config", "tp2_pp2"], "static", per_host=2)
+    processes = start(hosts, ["-m", "shoal", *generate, "--config", layout], "static", per_host=per_host)
     output, errors = processes[0].communicate(timeout=TIMEOUT_S)
     assert processes[0].returncode == 0, errors
     assert output == alone.stdout

@@ -1,7 +1,7 @@
 """Who hangs, and since when, from what the ranks' heartbeats say. Time is a number here."""
 
 from shoal.engine.rank_messages import Heartbeat
-from shoal.engine.rank_watch import RankWatch
+from shoal.engine.rank_watch import RankWatch, patience_s
 
 
 class Ranks:
@@ -70,3 +70,7 @@ def test_idle_ranks_and_a_result_in_between_are_no_standstill() -> None:
     for _ in range(20):
         assert ranks.second("") is None
         ranks.watch.step_done()
+
+
+def test_a_hang_is_judged_before_its_deadline_and_after_the_next_beat() -> None:
+    assert [patience_s(limit) for limit in (1.5, 2.5, 10.0, 600.0)] == [1.5, 2.2, 8.0, 598.0]

@@ -1,6 +1,7 @@
 """The fault drill: reproducible from its seed, every stream compared, and a report that would show a loss."""
 
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -13,11 +14,14 @@ from shoal.launcher.chaos_report import ChaosReport, report_rows
 from shoal.launcher.cli import main
 from shoal.launcher.cmd_chaos import read_kinds
 from shoal.launcher.fake_replica import VOCAB_SIZE, FakeReplica
+from shoal.launcher.processes import signal_ours
 from shoal.launcher.vitals import read_vitals
 from tests.launcher.controllers import fakes, settings
 from tests.launcher.harness import run
 
 SHAPE = LoadShape(pool=40, max_output=60, vocab_size=VOCAB_SIZE)
+TEXTS = dict.fromkeys(("commit", "layout", "model", "dtype"), "")
+PASSED = {**TEXTS, "deterministic": True, "idle_blocks_free": True, "errors": [], "faults": [], "samples": []}
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -62,8 +66,22 @@ def test_a_stream_that_changes_is_counted() -> None:
     run(body())
 
 
+def test_a_drill_in_which_no_fault_could_be_done_is_not_passed() -> None:
+    async def body() -> None:
+        async with fakes(1, step_s=0.001) as (controller, _):
+            drill = Drill(controller, plan_requests(3, SHAPE), streams=4)
+            await drill.run(plan_faults(3, 1, 1, 1, ("lose host",), 0.01), requests=20)
+            assert [outcome.skipped for outcome in drill.faults] == ["hosts cannot be lost here"]
+            report = msgspec.convert({**dict.fromkeys(ChaosReport.__struct_fields__, 0), **PASSED}, ChaosReport)
+            assert report.passed
+            report.faults = drill.faults
+            assert not report.passed
+
+    run(body())
+
+
 def test_kinds_are_read_from_text_and_mistakes_are_named() -> None:
-    assert read_kinds("kill-rank,stop-engine") == ("kill rank", "stop engine")
+    assert read_kinds("kill-rank,stop-engine,lose-host") == ("kill rank", "stop engine", "lose host")
     with pytest.raises(ValueError, match="there is no fault 'melt'"):
         read_kinds("kill-rank,melt")
 
@@ -72,6 +90,17 @@ def test_vitals_count_this_process() -> None:
     vitals = read_vitals()
     assert vitals.processes >= 1 and vitals.threads >= 1 and vitals.descriptors > 2
     assert vitals.memory_bytes > 1 << 20
+
+
+def test_what_cannot_be_drilled_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chaos", "demo", "--config", "dp2", "--faults", "lose-host"]) == 2
+    assert "only launcher.kind = ray has several hosts" in capsys.readouterr().err
+    assert main(["chaos", "demo", "--attach", "prod"]) == 2
+    assert "launcher.attach = prod: a drill hurts replicas of its own" in capsys.readouterr().err
+
+
+def test_only_processes_of_this_project_are_signalled() -> None:
+    assert not signal_ours(os.getpid(), 0) and not signal_ours(1 << 30, 0)
 
 
 @pytest.mark.slow
