@@ -188,7 +188,7 @@ class Dispatch:
     async def _placed(self, entry: Entry) -> ReplicaSlot | None:
         """A replica for the request, as soon as one has room; None when it is aborted, or its deadline passes, first.
 
-        Raises EngineError when no replica can serve any more.
+        Raises EngineError when no replica can serve any more, QueueFull when the request may not wait here.
         """
         while True:
             self.check()
@@ -208,6 +208,8 @@ class Dispatch:
                     line.leave(entry)
                     self._on_trial = entry if suspect else self._on_trial
                     return self._slots[self.routing.rank(entry.request, loads)[0]]
+            if self.limits.bounded_wait and not entry.firm:
+                self._check_room()  # what was there a moment ago may be taken by another
             entry.accept()
             waits = [entry.seconds_left, *(slot.full_for_s for slot in self._slots.values() if slot.says_full)]
             await line.wait(entry, min((each for each in waits if each is not None), default=None))
