@@ -60,7 +60,8 @@ class Actor:
 
         future = asyncio.wrap_future(getattr(self._handle, method).remote(*args).future())
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+                return await future
         except TimeoutError:
             raise ActorSilent(f"{self.name} did not answer ({method}) within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:

@@ -4,7 +4,9 @@ import asyncio
 import os
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +21,22 @@ from shoal.launcher.journal import Journal, Kept, read_records
 from shoal.launcher.orphans import Orphans
 from tests.launcher.controllers import QUICK, answer, settings
 from tests.launcher.harness import collect, request, run, until, wait_until
+
+
+@pytest.fixture(autouse=True)
+def journals_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever forgets one leaves a thread that looks after its file."""
+    made: list[Journal] = []
+    real = Journal.__init__
+
+    def remembering(self: Journal, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(Journal, "__init__", remembering)
+    yield
+    for journal in made:
+        journal.close()
 
 
 def test_what_was_written_is_read_by_the_next_one(tmp_path: Path) -> None:

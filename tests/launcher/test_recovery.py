@@ -67,7 +67,8 @@ def test_killed_ranks_and_engines_lose_nothing(zygote: Zygote, tag: str) -> None
                 assert tokens == expected(each.prompt_token_ids, 100) and last.finish_reason == "length"
             status = await controller.status()
             assert sum(replica.restarts for replica in status.replicas) == 5 and status.lost == 0
-            assert "killed by SIGKILL" in status.replicas[0].failures[0].cause
+            causes = [failure.cause for replica in status.replicas for failure in replica.failures]
+            assert causes and all("killed by SIGKILL" in cause for cause in causes)
         await until(lambda: group_of(tag) == {}, "all to end", 3.0)
 
     run(body())

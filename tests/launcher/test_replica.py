@@ -235,13 +235,13 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
 
 def test_a_rank_that_stops_while_it_loads_tells_its_stack_at_the_end_of_the_start(zygote: Zygote, tag: str) -> None:
     async def body() -> None:
-        processes, (handle,) = prepare(zygote, config(2, path="hang 1", start_timeout_s=3.0))
+        processes, (handle,) = prepare(zygote, config(2, path="hang 1", start_timeout_s=8.0))
         await processes.loaded()
         await handle.start()
-        starting = asyncio.create_task(handle.ready(3.0))
+        starting = asyncio.create_task(handle.ready(8.0))
         await until(lambda: "shoal-rank-1" in group_of(tag), "the rank")
         os.kill(group_of(tag)["shoal-rank-1"], signal.SIGSTOP)
-        with pytest.raises(EngineError, match=r"(?s)launcher\.start_timeout_s = 3: rank 1 .*rank 1 wrote:.*first"):
+        with pytest.raises(EngineError, match=r"(?s)launcher\.start_timeout_s = 8: rank 1 .*rank 1 wrote:.*first"):
             await starting
         await handle.stop()
         await until(lambda: group_of(tag) == {}, "the group to end", 3.0)
