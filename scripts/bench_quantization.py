@@ -59,6 +59,7 @@ def read_rate(memory: torch.Tensor, threads: int) -> float:
     """Bytes per second that reading memory gives. In a thread that ends (see launcher/machine.py)."""
 
     def read() -> float:
+        memory.sum()  # wakes the threads
         start = seconds(threads)
         memory.sum()
         return memory.nbytes / (seconds(threads) - start)
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
     ids = torch.randint(vocab, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     files = dict(entry.split("=", 1) for entry in args.gguf)
-    memory = torch.ones(64 << 20)
+    memory = torch.ones(256 << 20)
     found: dict[str, dict[str, list[float]]] = {"bandwidth": {"bytes": []}}
     limits = {"skip_tokenizer_init": True, "threads": args.threads, "max_model_len": args.prompt + LONG}
 
