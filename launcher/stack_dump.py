@@ -1,9 +1,11 @@
 """Asking processes for the Python stacks of their threads, also stopped ones that have never said a word.
 
-faulthandler writes the stacks when STACK_SIGNAL comes; SIGCONT has a stopped process take it. /proc then tells when the
-signal has been taken and its handler has returned: on a busy host that may be seconds later.
+faulthandler writes the stacks when STACK_SIGNAL comes; SIGCONT has a stopped process take it. It goes to the main
+thread, which then stands still: a handler in another one would read the main thread's frames while they change. /proc
+tells when the signal has been taken and its handler has returned: on a busy host that may be seconds later.
 """
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 STACK_SIGNAL = signal.SIGUSR2
 _BIT = 1 << (STACK_SIGNAL - 1)
 POLL_S = 0.01
+_LIBC = ctypes.CDLL(None)
 LOOKS = 2  # in a row: between taking a signal and running its handler the kernel shows neither
 
 
@@ -46,7 +49,7 @@ def dump_stacks(pids: Collection[int], timeout_s: float) -> None:
 def _signal(pid: int) -> None:
     try:
         if Path(f"/proc/{pid}/comm").read_text().startswith("shoal-"):  # or the number is another's by now
-            os.kill(pid, STACK_SIGNAL)
+            _LIBC.tgkill(pid, pid, STACK_SIGNAL)
             os.kill(pid, signal.SIGCONT)
     except OSError:
         pass  # it has ended
@@ -55,7 +58,7 @@ def _signal(pid: int) -> None:
 def _written(pid: int, before: set[str]) -> bool:
     """Whether the signal is neither on its way nor being handled."""
     try:
-        pending = _mask(Path(f"/proc/{pid}/status").read_text(), "ShdPnd")
+        pending = _mask(Path(f"/proc/{pid}/status").read_text(), "SigPnd")
     except OSError:
         return True  # it has ended
     return pending is not None and not pending & _BIT and not _threads_that_block(pid) - before

@@ -14,7 +14,7 @@ CHILDREN = "tests.launcher.children"
 
 def pending(pid: int) -> bool:
     """Whether the signal waits for the process to take it."""
-    status = Path(f"/proc/{pid}/status").read_text().partition("ShdPnd:")[2].split()[0]
+    status = Path(f"/proc/{pid}/status").read_text().partition("SigPnd:")[2].split()[0]
     return bool(int(status, 16) & 1 << (STACK_SIGNAL - 1))
 
 
