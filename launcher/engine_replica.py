@@ -35,7 +35,7 @@ from shoal.parallel.control_async import AsyncChannel
 from shoal.parallel.control_connect import HANDSHAKE_TIMEOUT_S, Listener
 
 ACCEPT_SLICE_S = 0.2
-START_SLACK_S = 5.0
+START_SLACK_S = 12.0  # an engine that comes late, and the wait for stacks of ranks that are missing
 STOP_SLACK_S = 1.0
 
 logger = logging.getLogger("shoal")
