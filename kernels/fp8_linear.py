@@ -2,7 +2,7 @@
 
 A weight has one scale per tensor, per channel (output column) or per block of BLOCK x BLOCK; x is rounded row by row
 with a scale for the row, or with block weights for BLOCK neighbours of it: value = code * scale, scale = largest
-magnitude / 448. On GPUs the Triton linear for few rows, blocks and when deterministic, else torch's scaled_mm (compute
+magnitude / 448. On GPUs the Triton linear for blocks and when deterministic, else torch's scaled_mm (compute
 capability 8.9 and up). Elsewhere plain torch on the rounded values, in float32.
 """
 

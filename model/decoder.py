@@ -19,7 +19,7 @@ from shoal.kernels.linear import linear
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
-from shoal.model.fused import FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers
+from shoal.model.fused import FEW_KEYS, FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -229,7 +229,8 @@ class Stage:
         """
         branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
-        if len(hidden_TH) <= FEW_TOKENS and (runs := self.runs(cache)):
+        few = len(hidden_TH) <= FEW_TOKENS and len(batch.seq_lens) * batch.max_seqlen_k <= FEW_KEYS
+        if few and (runs := self.runs(cache)):
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             for run in runs:
                 hidden_TH, branch_TH = run(hidden_TH, branch_TH, looked_up, steps)

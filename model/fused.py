@@ -17,7 +17,8 @@ from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedFor
 from shoal.model.norms import NormLayer
 
 CPU = torch.device("cpu")
-FEW_TOKENS = 64  # of a step that runs whole layers: it is short enough to show no sign of life meanwhile
+FEW_TOKENS = 64  # of a step that runs whole layers: it is short enough to show no sign of life meanwhile,
+FEW_KEYS = 1 << 17  # as it is with so many keys of all its rows
 RUN_BYTES = 2 << 30  # of weights that one call goes through
 
 

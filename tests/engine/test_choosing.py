@@ -10,7 +10,6 @@ from shoal.engine.choosing import TokenChooser, filters
 from shoal.engine.messages import TokenLogprobs
 from shoal.engine.sampler import Sampler
 from shoal.engine.shard_logprobs import shard_scores
-from shoal.kernels import device
 from shoal.parallel.mesh import make_mesh
 from tests.ranks import Ranks, run_ranks
 
@@ -25,16 +24,6 @@ SETTINGS: list[dict] = [
     {"temperature": 1.5, "logit_bias": {5: 4.0, 60: 3.0, 101: -100.0}},
     {"temperature": 1.0, "min_tokens": 9, "stop_token_ids": [45, 100]},
 ]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once as on CPUs, once through the Triton kernels in their interpreter."""
-    if request.param == "triton":
-        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("runs in Triton's interpreter only")
-        monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
 
 
 def sequences(settings: list[dict], position: int = 3) -> list[SequenceState]:

@@ -7,7 +7,6 @@ import torch
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.sampler import Sampler
-from shoal.kernels import device
 from shoal.kernels.logit_filters import filter_reference
 from shoal.kernels.philox import gumbel_noise
 
@@ -36,16 +35,6 @@ def sequence(
 def pick(logits: list[float] | torch.Tensor, state: SequenceState) -> int:
     rows = torch.as_tensor(logits, dtype=torch.float32).clone().unsqueeze(0)
     return Sampler(rows.shape[1], CPU)(rows, [state])[0][0]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once as on CPUs, once through the Triton kernels in their interpreter."""
-    if request.param == "triton":
-        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("runs in Triton's interpreter only")
-        monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
 
 
 @pytest.mark.usefixtures("path")
