@@ -2,8 +2,8 @@
 among them: bit for bit, so a request's tokens do not depend on its batch.
 
 Deterministic paths: on a GPU the Triton kernel (kernels/gpu/linear.py); on a CPU the C kernel (one order of sums per
-element); without it torch's product over blocks of a fixed number of rows (the last one padded), whose algorithm then
-is always the same. Otherwise the faster one of torch and ours. Types: float32, bfloat16, float16, accumulated in
+element); without it torch's product over blocks of one shape (the last one padded), whose algorithm then is always the
+same. Otherwise the faster one of torch and ours. Types: float32, bfloat16, float16, accumulated in
 float32. A prepared weight (kernels/weight.py) multiplies itself, in one order of sums always.
 """
 
@@ -17,6 +17,7 @@ from shoal.kernels.weight import PreparedWeight, Weight
 
 _PROTOTYPE = (INT, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)
 BLOCK_ROWS = 16  # decode batches are small; more rows per block would be wasted on them
+BLOCK_INNER = 16  # positions of a block come in multiples: rows that begin between vectors are summed in other orders
 # Rows for which the C kernel is the faster one (Xeon with AVX-512, 512 to 4096 columns: up to 2 times for float32, 1.5
 # to 3 times for halves); torch's float32 product is ahead by a tenth below, and by half far above.
 FASTER_ROWS = {torch.float32: range(4, 33), torch.bfloat16: range(1, 33), torch.float16: range(1, 33)}
@@ -93,16 +94,19 @@ def _native(
 def linear_row_blocks(
     x_MK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block_rows: int
 ) -> torch.Tensor:
-    """torch's product over blocks of exactly block_rows rows, the last padded with zeros: one shape, one algorithm.
+    """torch's product over blocks of exactly block_rows rows of whole vectors, both padded with zeros: one shape, one
+    algorithm.
 
     x: [rows, inner]. Returns [rows, columns], contiguous.
     """
-    rows, columns = x_MK.shape[0], weight.shape[0]
+    (rows, inner), columns = x_MK.shape, weight.shape[0]
+    if inner % BLOCK_INNER:
+        weight = F.pad(weight, (0, -inner % BLOCK_INNER))
     y_MN = torch.empty((-(-rows // block_rows) * block_rows, columns), dtype=x_MK.dtype, device=x_MK.device)
-    block_BK = torch.zeros((block_rows, x_MK.shape[1]), dtype=x_MK.dtype, device=x_MK.device)
+    block_BK = torch.zeros((block_rows, weight.shape[1]), dtype=x_MK.dtype, device=x_MK.device)
     for start in range(0, rows, block_rows):
         part = x_MK[start : start + block_rows]
-        block_BK[: part.shape[0]] = part
+        block_BK[: part.shape[0], :inner] = part
         block_BK[part.shape[0] :] = 0
         y_MN[start : start + block_rows] = F.linear(block_BK, weight, bias)
     return y_MN[:rows]

@@ -155,6 +155,7 @@ def test_a_shared_prefix_read_once_gives_what_each_row_reading_it_does(
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("dots_in_one_order")
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 3.0, "sinks": SINKS[:4]}])
 def test_bits_do_not_depend_on_chunk_neighbours_blocks_or_splits(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,7 @@ def test_experts_in_fp8_match_the_loop_over_rounded_values(dtype: torch.dtype, f
     assert (got.float() - want).norm() / want.norm() < 0.01  # an input between two codes may go either way
 
 
+@pytest.mark.usefixtures("dots_in_one_order")
 def test_a_tokens_bits_depend_on_nothing_but_the_token() -> None:
     (gate_up, down), x, (weights, ids) = expert_weights(), random(TOKENS, HIDDEN), routing()
     whole = launch_experts(x, gate_up, down, weights, ids, 0, 1, deterministic=True)

@@ -35,6 +35,7 @@ def test_dense_matches_the_reference(dtype: torch.dtype, rows: int, inner: int, 
             close(launch_linear(x, weight, b, deterministic=deterministic), want, times=2)
 
 
+@pytest.mark.usefixtures("dots_in_one_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
     x, weight = random(67, 330, dtype=dtype), weights(33, 330, dtype)
