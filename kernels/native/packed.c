@@ -23,26 +23,7 @@
 #define TILE_ROWS 3 /* sums of 3 rows by four vectors, of 16 registers */
 #endif
 
-#if defined(__AVX512BF16__) || defined(SHOAL_EMULATE_BF16_PAIRS)
-#define MULTIPLIES_PAIRS 1
-#else
-#define MULTIPLIES_PAIRS 0
-#endif
-
-/* sums + a.even b.even + a.odd b.odd of every lane's pair of bfloat16. */
-INLINE vf multiply_pairs(vf sums, uint32_t a, vu b) {
-#if defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-#else
-    union { uint32_t u; float f; } even = {a << 16}, odd = {a & 0xffff0000u};
-    sums = multiply_add(splat(odd.f), (vf)(b & 0xffff0000u), sums);
-    return multiply_add(splat(even.f), (vf)(b << 16), sums);
-#endif
-}
-
 INLINE int64_t positions(int type, int64_t inner) { return type == BF16 ? (inner + 1) / 2 * 2 : inner; }
-
-typedef vu vu_unaligned __attribute__((aligned(4), may_alias));
 
 /* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows; m and type are constants here. */
 INLINE void tile(int type, const float *x, const char *panel, int64_t count, int first, float *sums, int64_t step, int m) {

@@ -25,6 +25,13 @@
 #endif
 #define INLINE static inline __attribute__((always_inline, unused))
 
+/* Whether bfloat16 is multiplied in pairs, as it is: AVX512-BF16, or that arithmetic in float32 to test it elsewhere. */
+#if defined(__AVX512BF16__) || defined(SHOAL_EMULATE_BF16_PAIRS)
+#define MULTIPLIES_PAIRS 1
+#else
+#define MULTIPLIES_PAIRS 0
+#endif
+
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -32,6 +39,7 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #ifdef __clang__
@@ -68,6 +76,17 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
     return c;
 #else
     return a * b + c;
+#endif
+}
+
+/* sums + a.even b.even + a.odd b.odd of every lane's pair of bfloat16. */
+INLINE vf multiply_pairs(vf sums, uint32_t a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#else
+    union { uint32_t u; float f; } even = {a << 16}, odd = {a & 0xffff0000u};
+    sums = multiply_add(splat(odd.f), (vf)(b & 0xffff0000u), sums);
+    return multiply_add(splat(even.f), (vf)(b << 16), sums);
 #endif
 }
 
