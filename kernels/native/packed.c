@@ -1,21 +1,22 @@
 /* Products with weights in panels of 32 columns, widened to float32 in registers or multiplied as they are (AVX512-BF16).
  *
- * Positions come in blocks of DEPTH; a panel's block holds them one after the other, [DEPTH][32], so that one vector holds one position of 16
- * columns and x is broadcast: no sums over lanes, and the blocks of neighbouring panels follow each other, so memory is read from end to
- * end. bfloat16 positions come in pairs, [DEPTH / 2][32][2]: even and odd ones are a shift and a mask away from float32, and a pair is what
- * AVX512-BF16 multiplies. Missing columns and the last half of a pair are zeros. An element of y is the sum over blocks of positions, each
- * summed in rising order (pairs: odd before even with AVX512-BF16), the bias last, rounded once.
+ * A panel holds its positions one after the other, [inner][32], so that one vector holds one position of 16 columns and x is broadcast: no
+ * sums over lanes, and memory is read from end to end. bfloat16 positions come in pairs, [inner / 2][32][2]: even and odd ones are a shift
+ * and a mask away from float32, and a pair is what AVX512-BF16 multiplies. Missing columns and the last half of a pair are zeros. An element
+ * of y is the sum over blocks of DEPTH positions, each summed in rising order (pairs: odd before even with AVX512-BF16), the bias last,
+ * rounded once.
  */
 #include "weight.h"
 
 #include "vector.h"
 
 #define VECTORS (PANEL / LANES)
-#define DEPTH 512           /* positions of a block: a panel's block stays in the first-level cache */
-#define STRIDE (DEPTH + 16) /* of a widened row of x: rows in different cache sets */
-#define ROWS 96             /* of a block of x: with DEPTH positions 200 KB in the second-level cache */
-#define AHEAD 4096          /* bytes: what is read so far ahead has come from memory when it is needed */
-#define PANELS 16           /* most panels of a task */
+#define DEPTH 256  /* positions of a block: a panel's block stays in the first-level cache beside the rows of a tile */
+#define ROWS 96    /* of a block of x */
+#define WIDTH 528  /* floats there is room for in ROWS widened rows: 200 KB in the second-level cache */
+#define SPARE 16   /* floats between widened rows: they lie in different sets of the cache */
+#define AHEAD 8192 /* bytes: what is read so far ahead has come from memory when it is needed */
+#define PANELS 16  /* most panels of a task */
 
 #ifdef __AVX512F__
 #define TILE_ROWS 12 /* sums of 12 rows by two vectors, of 32 registers */
@@ -23,106 +24,127 @@
 #define TILE_ROWS 3 /* sums of 3 rows by four vectors, of 16 registers */
 #endif
 
+typedef uint32_t pair_unaligned __attribute__((aligned(2), may_alias));
+
 INLINE int64_t positions(int type, int64_t inner) { return type == BF16 ? (inner + 1) / 2 * 2 : inner; }
 
-/* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows; m and type are constants here. */
-INLINE void tile(int type, const float *x, const char *panel, int64_t count, int first, float *sums, int64_t step, int m) {
+/* Bytes of a position of x as the tiles read it: float32, or half a pair. */
+INLINE int64_t position_size(int type) { return type == BF16 && MULTIPLIES_PAIRS ? 2 : 4; }
+
+/* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows x_step bytes apart. Meanwhile `calls` lines of the cache are called for
+ * from `next` on, for every two lines of the panel. m, type and calls are constants here. */
+INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, const char *next,
+                 int calls, int m) {
+    const int64_t size = element_size(type);
     vf acc[TILE_ROWS][VECTORS];
+    const char *three[(TILE_ROWS + 2) / 3]; /* every third row: with x_step and twice x_step, addresses the processor adds up by itself */
     for (int r = 0; r < m; r++)
         for (int v = 0; v < VECTORS; v++) acc[r][v] = (vf){};
-    if (type == BF16) {
-        for (int64_t k = 0; k < count; k += 2, panel += 4 * PANEL) {
+    for (int i = 0; 3 * i < m; i++) three[i] = x + 3 * i * x_step;
+#define X(TYPE, R, K) (((const TYPE *)(three[(R) / 3] + (R) % 3 * x_step))[K])
+    for (const char *end = panel + count * PANEL * size; panel < end;) {
+        if (type == BF16) {
             vu b[VECTORS];
-            for (int v = 0; v < VECTORS; v++) {
-                b[v] = *(const vu_unaligned *)(panel + 4 * LANES * v);
-                __builtin_prefetch(panel + 4 * LANES * v + AHEAD);
-            }
-            if (MULTIPLIES_PAIRS) {
-                for (int r = 0; r < m; r++)
-                    for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_pairs(acc[r][v], ((const uint32_t *)x)[r * STRIDE + k / 2], b[v]);
-                continue;
-            }
+            for (int v = 0; v < VECTORS; v++) b[v] = *(const vu_unaligned *)(panel + 4 * LANES * v);
+            for (int i = 0; i < calls; i++, next += 64) __builtin_prefetch(next);
             for (int r = 0; r < m; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(x[r * STRIDE + k]), (vf)(b[v] << 16), acc[r][v]);
-            for (int r = 0; r < m; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(x[r * STRIDE + k + 1]), (vf)(b[v] & 0xffff0000u), acc[r][v]);
-        }
-    } else {
-        for (int64_t k = 0; k < count; k++, panel += PANEL * element_size(type)) {
+                for (int v = 0; v < VECTORS; v++) {
+                    if (MULTIPLIES_PAIRS) acc[r][v] = multiply_pairs(acc[r][v], X(pair_unaligned, r, 0), b[v]);
+                    else acc[r][v] = multiply_add(splat(X(float, r, 0)), (vf)(b[v] << 16), acc[r][v]);
+                }
+            for (int r = 0; r < m && !MULTIPLIES_PAIRS; r++)
+                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(X(float, r, 1)), (vf)(b[v] & 0xffff0000u), acc[r][v]);
+        } else {
             vf b[VECTORS];
-            for (int v = 0; v < VECTORS; v++) {
-                b[v] = load(panel + v * LANES * element_size(type), type);
-                __builtin_prefetch(panel + v * LANES * element_size(type) + AHEAD);
-            }
+            for (int v = 0; v < VECTORS; v++) b[v] = load(panel + v * LANES * size, type);
+            for (int i = 0; i < calls * size / 4; i++, next += 64) __builtin_prefetch(next);
             for (int r = 0; r < m; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(x[r * STRIDE + k]), b[v], acc[r][v]);
+                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(X(float, r, 0)), b[v], acc[r][v]);
         }
+        const int each = type == BF16 ? 2 : 1; /* positions at once */
+        panel += each * PANEL * size;
+        for (int i = 0; 3 * i < m; i++) three[i] += each * position_size(type);
     }
     for (int r = 0; r < m; r++)
         for (int v = 0; v < VECTORS; v++) {
-            vf_unaligned *sum = (vf_unaligned *)(sums + r * step + v * LANES);
+            vf_unaligned *sum = (vf_unaligned *)(sums + r * PANEL + v * LANES);
             *sum = first ? acc[r][v] : (vf)*sum + acc[r][v];
         }
 }
 
-/* All rows of a block with one panel, in tiles as equal as they can be. */
-INLINE void strip(int type, const float *x, const char *panel, int64_t count, int first, float *sums, int64_t step, int64_t rows) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+/* All rows of a block with a block of one panel, in tiles as equal as they can be. One tile waits for memory and calls for what it needs
+ * soon; of several, the first two call for the next block, which then comes while the others compute. */
+INLINE void strip(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, int64_t rows) {
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, bytes = count * PANEL * element_size(type);
     for (int64_t i = 0, row = 0; i < tiles; i++) {
         const int64_t m = (rows - row) / (tiles - i);
-        const float *from = x + row * STRIDE;
-        float *to = sums + row * step;
-        switch (m) {
-#define TILE(M) case M: tile(type, from, panel, count, first, to, step, M); break;
-            TILE(1) TILE(2) TILE(3)
+        const char *from = x + row * x_step, *next = tiles == 1 ? panel + AHEAD : panel + bytes + i * bytes / 2;
+        float *to = sums + row * PANEL;
+#define TILE(M, CALLS) case M: tile(type, from, x_step, panel, count, first, to, next, CALLS, M); break;
 #if TILE_ROWS == 12
-            TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#define MORE_TILES(CALLS) \
+    TILE(4, CALLS) TILE(5, CALLS) TILE(6, CALLS) TILE(7, CALLS) TILE(8, CALLS) TILE(9, CALLS) TILE(10, CALLS) TILE(11, CALLS) TILE(12, CALLS)
+#else
+#define MORE_TILES(CALLS)
 #endif
-        }
+#define TILES(CALLS) \
+    switch (m) { TILE(1, CALLS) TILE(2, CALLS) TILE(3, CALLS) MORE_TILES(CALLS) }
+        if (tiles == 1) TILES(2)
+        else if (i < 2) TILES(1)
+        else TILES(0)
         row += m;
     }
 }
 
-/* Positions of rows of x as the tiles read them: float32, or pairs of bfloat16; zeros up to an even count. */
-INLINE void widen(int type, const char *x, int64_t x_step, int64_t rows, int64_t count, float *out) {
+/* Positions of rows of x as the tiles read them, zeros up to an even count. */
+INLINE void widen(int type, const char *x, int64_t x_step, int64_t rows, int64_t count, char *out, int64_t out_step) {
     const int64_t size = element_size(type);
-    for (int64_t r = 0; r < rows; r++, x += x_step, out += STRIDE) {
-        if (type == BF16 && MULTIPLIES_PAIRS) {
+    for (int64_t r = 0; r < rows; r++, x += x_step, out += out_step) {
+        if (position_size(type) == 2) {
             ((uint16_t *)out)[count] = 0;
             memcpy(out, x, (size_t)count * 2);
             continue;
         }
-        for (int64_t k = 0; k < count; k += LANES) /* the last vector ends within the row's 16 spare places */
-            *(vf_unaligned *)(out + k) = count - k < LANES ? load_part(x + k * size, type, count - k) : load(x + k * size, type);
+        for (int64_t k = 0; k < count; k += LANES) /* the last vector ends within the row's spare places */
+            *(vf_unaligned *)(out + 4 * k) = count - k < LANES ? load_part(x + k * size, type, count - k) : load(x + k * size, type);
     }
 }
 
 typedef struct {
-    float x[ROWS * STRIDE], sums[ROWS * PANELS * PANEL];
+    float x[ROWS * WIDTH], sums[PANELS * ROWS * PANEL];
 } Scratch;
 
-/* Some rows with some panels. */
+/* Some rows with some panels. x is read where it is if it is as the tiles read it; otherwise as many positions are widened as fit. */
 INLINE void block(int type, const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
-    const int64_t size = element_size(type), inner = positions(type, w->inner), step = panels * PANEL;
-    const int64_t padded = (w->columns + PANEL - 1) / PANEL * PANEL;
+    const int64_t size = element_size(type), inner = positions(type, w->inner);
+    const int ready = position_size(type) == size && inner == w->inner;
+    const int64_t span = ready ? inner : (ROWS * WIDTH / rows - SPARE) / DEPTH * DEPTH;
     if (inner == 0) memset(s->sums, 0, sizeof s->sums);
-    for (int64_t k = 0; k < inner; k += DEPTH) {
-        const int64_t count = inner - k < DEPTH ? inner - k : DEPTH, real = w->inner - k < DEPTH ? w->inner - k : DEPTH;
-        widen(type, (const char *)p->x + (row * p->x_stride + k) * size, p->x_stride * size, rows, real, s->x);
-        for (int64_t i = 0; i < panels; i++)
-            strip(type, s->x, (const char *)w->data + (k * padded + (panel + i) * PANEL * count) * size, count, k == 0, s->sums + i * PANEL,
-                  step, rows);
-    }
-    const int64_t first = panel * PANEL, columns = w->columns - first < step ? w->columns - first : step;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < columns; c += LANES) {
-            const int64_t n = columns - c < LANES ? columns - c : LANES;
-            vf value = *(const vf_unaligned *)(s->sums + r * step + c);
-            if (w->bias) value += load_part((const char *)w->bias + (first + c) * size, type, n);
-            char *y = (char *)p->y + ((row + r) * p->y_stride + first + c) * size;
-            if (n == LANES) store(y, type, value);
-            else store_part(y, type, value, n);
+    for (int64_t from = 0; from < inner; from += span) {
+        const int64_t to = inner - from < span ? inner : from + span;
+        const char *x = (const char *)p->x + (row * p->x_stride + from) * size;
+        int64_t x_step = p->x_stride * size;
+        if (!ready) {
+            const int64_t step = (to - from + SPARE) * 4;
+            widen(type, x, x_step, rows, (w->inner < to ? w->inner : to) - from, (char *)s->x, step);
+            x = (const char *)s->x, x_step = step;
         }
+        for (int64_t i = 0; i < panels; i++)
+            for (int64_t k = from; k < to; k += DEPTH)
+                strip(type, x + (k - from) * position_size(type), x_step, (const char *)w->data + ((panel + i) * inner + k) * PANEL * size,
+                      to - k < DEPTH ? to - k : DEPTH, k == 0, s->sums + i * rows * PANEL, rows);
+    }
+    for (int64_t i = 0; i < panels; i++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < PANEL; c += LANES) {
+                const int64_t column = (panel + i) * PANEL + c, n = w->columns - column < LANES ? w->columns - column : LANES;
+                if (n <= 0) continue;
+                vf value = *(const vf_unaligned *)(s->sums + (i * rows + r) * PANEL + c);
+                if (w->bias) value += load_part((const char *)w->bias + column * size, type, n);
+                char *y = (char *)p->y + ((row + r) * p->y_stride + column) * size;
+                if (n == LANES) store(y, type, value);
+                else store_part(y, type, value, n);
+            }
 }
 
 static void block_f32(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
@@ -158,10 +180,9 @@ int64_t shoal_packed_bytes(int type, int64_t columns, int64_t inner) {
 }
 
 /* Where position k of column c lies, in elements. */
-INLINE int64_t place(int type, int64_t columns, int64_t inner, int64_t k, int64_t c) {
-    const int64_t padded = (columns + PANEL - 1) / PANEL * PANEL, depth = positions(type, inner), block = k / DEPTH * DEPTH, in = k % DEPTH;
-    const int64_t start = block * padded + c / PANEL * PANEL * (depth - block < DEPTH ? depth - block : DEPTH);
-    return start + (type == BF16 ? in / 2 * 2 * PANEL + c % PANEL * 2 + in % 2 : in * PANEL + c % PANEL);
+INLINE int64_t place(int type, int64_t inner, int64_t k, int64_t c) {
+    const int64_t start = c / PANEL * PANEL * positions(type, inner);
+    return start + (type == BF16 ? k / 2 * 2 * PANEL + c % PANEL * 2 + k % 2 : k * PANEL + c % PANEL);
 }
 
 /* Positions [block, block + count) of 32 columns from `first` on, of elements of `size` bytes; what is not there is 0. */
@@ -181,12 +202,12 @@ INLINE void pack_block(int type, const char *w, int64_t w_step, int64_t columns,
 
 /* w [columns, inner], rows w_stride elements apart, into out: shoal_packed_bytes. */
 void shoal_pack(int type, const void *w, int64_t w_stride, int64_t columns, int64_t inner, void *out, int threads) {
-    const int64_t size = element_size(type), depth = positions(type, inner), padded = (columns + PANEL - 1) / PANEL * PANEL;
+    const int64_t size = element_size(type), depth = positions(type, inner);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t first = 0; first < columns; first += PANEL)
         for (int64_t block = 0; block < depth; block += DEPTH) {
             const int64_t count = depth - block < DEPTH ? depth - block : DEPTH;
-            char *to = (char *)out + (block * padded + first * count) * size;
+            char *to = (char *)out + (first * depth + block * PANEL) * size;
             if (type == F32) pack_block(F32, w, w_stride * size, columns, inner, first, block, count, to);
             else if (type == BF16) pack_block(BF16, w, w_stride * size, columns, inner, first, block, count, to);
             else pack_block(F16, w, w_stride * size, columns, inner, first, block, count, to);
@@ -199,7 +220,7 @@ void shoal_unpack_rows(const Weight *w, const int64_t *ids, int64_t count, void 
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * w->inner > 65536)
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < w->inner; k++) {
-            const int64_t from = place(type, w->columns, w->inner, k, ids[i]), to = i * w->inner + k;
+            const int64_t from = place(type, w->inner, k, ids[i]), to = i * w->inner + k;
             if (type == F32) ((float *)out)[to] = ((const float *)w->data)[from];
             else ((uint16_t *)out)[to] = ((const uint16_t *)w->data)[from];
         }
