@@ -18,7 +18,8 @@ from shoal.kernels.native_types import FLOAT, INT, INT64, POINTER
 from shoal.kernels.weight import NativeWeight, PreparedWeight
 
 _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT)
-_FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT)
+_FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
+BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products stays in the cache
 _LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT)
 
 
@@ -199,15 +200,18 @@ class FusedFeedForward:
             native_norm(norm, up.dtype), with_bias(up, up_bias), down.native, KINDS[kind], gated
         )
         self.address = ctypes.addressof(self.native)
-        self.call = library.function("shoal_fused_feed_forward", _FEED_FORWARD)
+        self.call = library.function("shoal_fused_feed_forward", _FEED_FORWARD, INT)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """x: [T, H], the residual stream. Returns [T, H], this rank's part of the sum."""
+        """x: [T, H], the residual stream. Returns [T, H], this rank's part of the sum. Raises MemoryError."""
         assert x_TH.is_contiguous()
-        scratch, out_TH = x_TH.new_empty(len(x_TH) * self.scratch_width), torch.empty_like(x_TH)
-        self.call(
-            self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), torch.get_num_threads()
-        )
+        scratch, out_TH = x_TH.new_empty(BLOCK_ROWS * self.scratch_width), torch.empty_like(x_TH)
+        status = self.call(
+            self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), BLOCK_ROWS,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if status:
+            raise MemoryError(f"no memory for the counters of a feed-forward over {len(x_TH)} tokens")
         return out_TH
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.kernels.build import native_library
+from shoal.kernels.huge_pages import empty_in_huge_pages
 from shoal.kernels.native_types import DTYPE_CODES
 from shoal.kernels.quantize import pack_pairs, quantize_groups, quantize_rows
 from shoal.kernels.quantized_format import BLOCK, GROUP, padded_groups
@@ -44,8 +45,8 @@ class QuantizedWeight(RoundedWeight):
         groups = (*count, -(-columns // BLOCK), padded_groups(inner, lead))
         self.shape, self.bits, self.lead, self.dtype = torch.Size(shape), bits, lead, dtype  # type: ignore[assignment]
         if memory is None:
-            codes = torch.zeros((*groups, GROUP * BLOCK * bits // 8), dtype=torch.uint8)
-            memory = codes, torch.zeros((*groups, BLOCK), dtype=torch.bfloat16)
+            codes = empty_in_huge_pages((*groups, GROUP * BLOCK * bits // 8), torch.uint8)
+            memory = codes.zero_(), empty_in_huge_pages((*groups, BLOCK), torch.bfloat16).zero_()
         self.codes, self.scales = memory
         self.nbytes = self.codes.nbytes + self.scales.nbytes
         self._library = native_library()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.kernels.build import NativeLibrary
+from shoal.kernels.huge_pages import empty_in_huge_pages
 from shoal.kernels.native_types import DTYPE_CODES, INT, INT64, POINTER
 
 _PACK = (INT, POINTER, INT64, INT64, INT64, POINTER, INT)
@@ -108,7 +109,7 @@ class PackedWeight(PreparedWeight):
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.shape, self.dtype, code = (columns, inner), weight.dtype, DTYPE_CODES[weight.dtype]
         self.nbytes = library.function("shoal_packed_bytes", (INT, INT64, INT64), INT64)(code, columns, inner)
-        self._data = torch.empty(self.nbytes // weight.element_size(), dtype=weight.dtype)
+        self._data = empty_in_huge_pages([self.nbytes // weight.element_size()], weight.dtype)
         library.function("shoal_pack", _PACK)(
             code, weight.data_ptr(), weight.stride(0), columns, inner, self._data.data_ptr(), torch.get_num_threads()
         )

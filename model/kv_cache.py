@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.kernels.fused import FusedLayers
+from shoal.kernels.huge_pages import empty_in_huge_pages
 from shoal.model.kv_layout import layer_groups
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
@@ -53,7 +54,7 @@ class KVCache:
         for index in range(shard.first_layer, shard.last_layer):
             mixer = spec.layers[index].mixer
             shape = (num_blocks[groups[index]], block_size, shard.heads(mixer).num_kv_heads, mixer.head_dim)
-            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            keys, values = (empty_in_huge_pages(shape, dtype, device) for _ in range(2))
             self.layers[index] = LayerCache(keys, values, groups[index])
             if dtype == torch.float8_e4m3fn:
                 k_scale, v_scale = (

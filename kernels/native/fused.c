@@ -142,11 +142,19 @@ int shoal_fused_mixer(const Mixer *m, const Step *s, void *x, const float *cos_s
     return status ? -1 : 0;
 }
 
-/* x [rows, hidden], out alike, contiguous; scratch: rows times feed_forward_width elements. */
-void shoal_fused_feed_forward(const FeedForward *f, void *x, char *scratch, void *out, int64_t rows, int threads) {
-    int64_t next[2] = {0};
+/* x [rows, hidden], out alike, contiguous, in blocks of `most` rows; scratch: `most` times feed_forward_width elements. Nobody waits between
+ * blocks: what a thread still reads of one is written in the next only after a barrier. Returns 0, or -1 without memory. */
+int shoal_fused_feed_forward(const FeedForward *f, void *x, char *scratch, void *out, int64_t rows, int64_t most, int threads) {
+    const int64_t blocks = (rows + most - 1) / most, step = f->up.inner * element_size(f->up.type);
+    int64_t *next = calloc((size_t)(2 * blocks + 1), sizeof *next);
+    if (!next) return -1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    feed_forward_team(f, x, 0, scratch, out, rows, next);
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t first = i * most, count = rows - first < most ? rows - first : most;
+        feed_forward_team(f, (char *)x + first * step, 0, scratch, (char *)out + first * step, count, next + 2 * i);
+    }
+    free(next);
+    return 0;
 }
 
 /* A whole layer, mirrored by kernels/fused.py. step, rotation: its entries in what shoal_fused_layers is given; rotation -1: none. */
