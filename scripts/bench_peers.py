@@ -185,12 +185,14 @@ def measure(
     return found, by_processor
 
 
-def limit_of(workload: str, weights: int, itemsize: int, limits: MachineLimits) -> float | None:
-    """Tokens per second the machine allows where one limit rules: bandwidth for decode, GEMM rate for prompts."""
+def limit_of(workload: str, weights: int, head: int, itemsize: int, limits: MachineLimits) -> float | None:
+    """Tokens per second the machine allows where one limit rules: bandwidth for decode, GEMM rate for prompts, whose
+    tokens need no head but for the last. weights: all that a token touches, head included.
+    """
     if workload == "decode":
         return limits.read_bytes_per_s / (weights * itemsize)
     if workload == "prompt":
-        return limits.gemm_flops_per_s / (2 * weights)
+        return limits.gemm_flops_per_s / (2 * (weights - head))
     return None
 
 
@@ -253,8 +255,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def touched_weights(model: Path) -> int:
-    """Weights one token is multiplied with: all of them, less an embedding table that is not the head as well."""
+def touched_weights(model: Path) -> tuple[int, int]:
+    """Weights one token is multiplied with: all of them, less an embedding table that is not the head as well; and how
+    many of them are the head.
+    """
     names: dict[str, int] = {}
     for file in model.glob("*.safetensors"):
         with open(file, "rb") as data:
@@ -262,13 +266,13 @@ def touched_weights(model: Path) -> int:
         names |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     untied = "lm_head.weight" in names
     routed = EXPERTS_PER_TOKEN / EXPERTS
-    return round(
-        sum(
-            size * (routed if ".experts." in name else 1.0)
-            for name, size in names.items()
-            if not (untied and name.endswith("embed_tokens.weight"))
-        )
-    )
+    touched = {
+        name: size * (routed if ".experts." in name else 1.0)
+        for name, size in names.items()
+        if not (untied and name.endswith("embed_tokens.weight"))
+    }
+    head = sum(size for name, size in touched.items() if name.endswith(("lm_head.weight", "embed_tokens.weight")))
+    return round(sum(touched.values())), round(head)
 
 
 def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
@@ -308,7 +312,7 @@ def compare(args: argparse.Namespace, model: Path, limits: MachineLimits) -> Non
         for engine in [*engines, *([llama] if llama else [])]:
             engine.close()
     itemsize = 4 if args.dtype == "float32" else 2
-    bounds = {name: limit_of(name, touched_weights(model), itemsize, limits) for name in found}
+    bounds = {name: limit_of(name, *touched_weights(model), itemsize, limits) for name in found}
     print(f"\n{title}; limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s, {limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s\n")
     print(table(found, bounds))
     print("\nper second of processor time:\n\n" + table(by_processor, {}))
