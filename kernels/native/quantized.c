@@ -14,16 +14,15 @@
 #define GROUP 32
 #define BLOCK 16 /* columns whose codes are interleaved, four inputs of each in turn */
 #define ROWS 96  /* rows of x, rounded, that stay in the second-level cache */
+#define AHEAD 8192 /* bytes: what is read so far ahead has come from memory when it is needed */
 #define BLOCKS 16 /* most column blocks of a task */
 #define PIECES (BLOCK / LANES)
 
 /* Rows and blocks of the tiles: as many sums, of integers and of floats, as there are registers for. */
 #if LANES == 16
-enum { MOST_ROWS = 6, MOST_BLOCKS = 4 };
-#define FOR_EACH_TILE(DO) DO(6, 2) DO(4, 2) DO(2, 4) DO(1, 4)
+enum { MOST_ROWS = 6, MOST_BLOCKS = 2, FEW_ROWS = 2, WIDE = 4 };
 #else
-enum { MOST_ROWS = 2, MOST_BLOCKS = 2 };
-#define FOR_EACH_TILE(DO) DO(2, 1) DO(1, 2)
+enum { MOST_ROWS = 2, MOST_BLOCKS = 1, FEW_ROWS = 1, WIDE = 2 }; /* WIDE: blocks of a tile of few rows */
 #endif
 
 /* Some rows of x, rounded. */
@@ -66,22 +65,24 @@ INLINE int32_t four_inputs(const int8_t *x) {
     return four;
 }
 
-/* m rows from `row` of x on, which is `first` of y, times n blocks of columns from `block` on; bits, m, n are constants here. */
-INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int64_t row, int64_t first, int64_t block, int m, int n) {
+/* m rows from `row` of x on, which is `first` of y, times n blocks of columns from `block` on. Unless n is WIDE, half as many lines of the
+ * cache as the codes take are called for meanwhile, from `next` on, `line` bytes apart. bits, m, n are constants here. */
+INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int64_t row, int64_t first, int64_t block, const uint8_t *next,
+                 int64_t line, int m, int n) {
     const int64_t groups = x->groups, group_bytes = BLOCK * GROUP * bits / 8, block_bytes = groups * group_bytes;
     const uint8_t *codes = (const uint8_t *)w->data + block * block_bytes;
     const uint16_t *scales = (const uint16_t *)w->scales + block * groups * BLOCK;
-    vf sums[MOST_ROWS][MOST_BLOCKS][PIECES];
+    vf sums[MOST_ROWS][WIDE][PIECES];
     for (int r = 0; r < m; r++)
         for (int c = 0; c < n; c++)
             for (int h = 0; h < PIECES; h++) sums[r][c][h] = (vf){};
     for (int64_t g = 0; g < groups; g++) {
-        vi dots[MOST_ROWS][MOST_BLOCKS][PIECES];
+        vi dots[MOST_ROWS][WIDE][PIECES];
         for (int r = 0; r < m; r++)
             for (int c = 0; c < n; c++)
                 for (int h = 0; h < PIECES; h++) dots[r][c][h] = (vi){} + x->starts[(row + r) * groups + g];
         for (int i = 0; i < GROUP; i += 8) {
-            vu low[MOST_BLOCKS][PIECES], high[MOST_BLOCKS][PIECES];
+            vu low[WIDE][PIECES], high[WIDE][PIECES];
             for (int c = 0; c < n; c++)
                 for (int h = 0; h < PIECES; h++) {
                     const uint8_t *from = codes + c * block_bytes + g * group_bytes + i / 8 * (BLOCK * bits) + h * 4 * LANES;
@@ -89,6 +90,7 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
                     if (bits == 8) high[c][h] = load_bytes(from + 4 * BLOCK);
                     else high[c][h] = (low[c][h] >> 4) & 0x0f0f0f0f, low[c][h] &= 0x0f0f0f0f;
                 }
+            for (int c = 0; c < BLOCK * bits * MOST_BLOCKS / 128 && n != WIDE; c++, next += line) __builtin_prefetch(next);
             for (int r = 0; r < m; r++) {
                 const int8_t *inputs = x->codes + ((row + r) * groups + g) * GROUP + i;
                 for (int c = 0; c < n; c++)
@@ -122,16 +124,34 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
         }
 }
 
-/* `rows` rows of x, the first of which is `first` of y, times blocks of columns [block, last). */
+/* `rows` rows of x, the first of which is `first` of y, times blocks of columns [block, last): blocks after blocks, all rows with each, in
+ * tiles as equal as they can be. One tile waits for memory and calls for what it needs soon, every other line; of several, the first two
+ * call for the next blocks, which then come while the others compute. */
 INLINE void task(int bits, const Weight *w, const Rows *p, const Rounded *x, int64_t rows, int64_t first, int64_t block, int64_t last) {
-    int64_t row = 0;
-#define STRIPS(M, N)                                                                     \
-    for (; row + M <= rows; row += M) {                                                  \
-        int64_t c = block;                                                               \
-        for (; c + N <= last; c += N) tile(bits, w, p, x, row, first + row, c, M, N);    \
-        for (; c < last; c++) tile(bits, w, p, x, row, first + row, c, M, 1);            \
+    const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, bytes = x->groups * BLOCK * GROUP * bits / 8;
+    const int64_t many = rows <= FEW_ROWS ? WIDE : MOST_BLOCKS;
+    for (int64_t c = block, n; c < last; c += n) {
+        n = last - c < many ? 1 : many;
+        const uint8_t *codes = (const uint8_t *)w->data + c * bytes;
+        for (int64_t i = 0, row = 0, m; i < tiles; i++, row += m) {
+            const int64_t line = tiles == 1 ? 128 : i < 2 ? 64 : 0;
+            const uint8_t *next = tiles == 1 ? codes + AHEAD : codes + n * bytes + (i == 1 ? n * bytes / 2 : 0);
+            m = (rows - row) / (tiles - i);
+#define TILE(M, N) tile(bits, w, p, x, row, first + row, c, next, line, M, N)
+#define TILES(M)                                            \
+    case M:                                                 \
+        if (n == MOST_BLOCKS) TILE(M, MOST_BLOCKS);         \
+        else if (M <= FEW_ROWS && n == WIDE) TILE(M, WIDE); \
+        else TILE(M, 1);                                    \
+        break;
+            switch (m) {
+                TILES(1) TILES(2)
+#if LANES == 16
+                TILES(3) TILES(4) TILES(5) TILES(6)
+#endif
+            }
+        }
     }
-    FOR_EACH_TILE(STRIPS)
 }
 
 static void task_8(const Weight *w, const Rows *p, const Rounded *x, int64_t rows, int64_t first, int64_t block, int64_t last) {
