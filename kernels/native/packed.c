@@ -21,7 +21,7 @@
 #ifdef __AVX512F__
 #define TILE_ROWS 12 /* sums of 12 rows by two vectors, of 32 registers */
 #else
-#define TILE_ROWS 3 /* sums of 3 rows by four vectors, of 16 registers */
+#define TILE_ROWS 6 /* sums of 6 rows by two vectors, half a panel, of 16 registers; or of 2 rows by four */
 #endif
 
 typedef uint32_t pair_unaligned __attribute__((aligned(2), may_alias));
@@ -31,45 +31,52 @@ INLINE int64_t positions(int type, int64_t inner) { return type == BF16 ? (inner
 /* Bytes of a position of x as the tiles read it: float32, or half a pair. */
 INLINE int64_t position_size(int type) { return type == BF16 && MULTIPLIES_PAIRS ? 2 : 4; }
 
-/* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows x_step bytes apart. Meanwhile `calls` lines of the cache are called for
- * from `next` on, for every two lines of the panel. m, type and calls are constants here. */
+/* acc[r][v] += one position of m rows of x (a pair of bfloat16) times `width` vectors of the panel's. three: where every third row is; with
+ * x_step and twice x_step these are addresses the processor adds up by itself. */
+INLINE void multiply_position(int type, const char *const *three, int64_t x_step, const char *panel, int m, int width, vf acc[][VECTORS]) {
+#define X(TYPE, R, K) (((const TYPE *)(three[(R) / 3] + (R) % 3 * x_step))[K])
+    if (type == BF16) {
+        vu b[VECTORS];
+        for (int v = 0; v < width; v++) b[v] = *(const vu_unaligned *)(panel + 4 * LANES * v);
+        for (int r = 0; r < m; r++)
+            for (int v = 0; v < width; v++) {
+                if (MULTIPLIES_PAIRS) acc[r][v] = multiply_pairs(acc[r][v], X(pair_unaligned, r, 0), b[v]);
+                else acc[r][v] = multiply_add(splat(X(float, r, 0)), (vf)(b[v] << 16), acc[r][v]);
+            }
+        for (int r = 0; r < m && !MULTIPLIES_PAIRS; r++)
+            for (int v = 0; v < width; v++) acc[r][v] = multiply_add(splat(X(float, r, 1)), (vf)(b[v] & 0xffff0000u), acc[r][v]);
+    } else {
+        vf b[VECTORS];
+        for (int v = 0; v < width; v++) b[v] = load(panel + v * LANES * element_size(type), type);
+        for (int r = 0; r < m; r++)
+            for (int v = 0; v < width; v++) acc[r][v] = multiply_add(splat(X(float, r, 0)), b[v], acc[r][v]);
+    }
+}
+
+/* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows x_step bytes apart; half a panel after the other where there are not
+ * registers enough. Meanwhile `calls` lines of the cache are called for from `next` on, for every two lines of the panel. m, type and calls
+ * are constants here. */
 INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, const char *next,
                  int calls, int m) {
-    const int64_t size = element_size(type);
-    vf acc[TILE_ROWS][VECTORS];
-    const char *three[(TILE_ROWS + 2) / 3]; /* every third row: with x_step and twice x_step, addresses the processor adds up by itself */
-    for (int r = 0; r < m; r++)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = (vf){};
-    for (int i = 0; 3 * i < m; i++) three[i] = x + 3 * i * x_step;
-#define X(TYPE, R, K) (((const TYPE *)(three[(R) / 3] + (R) % 3 * x_step))[K])
-    for (const char *end = panel + count * PANEL * size; panel < end;) {
-        if (type == BF16) {
-            vu b[VECTORS];
-            for (int v = 0; v < VECTORS; v++) b[v] = *(const vu_unaligned *)(panel + 4 * LANES * v);
-            for (int i = 0; i < calls; i++, next += 64) __builtin_prefetch(next);
-            for (int r = 0; r < m; r++)
-                for (int v = 0; v < VECTORS; v++) {
-                    if (MULTIPLIES_PAIRS) acc[r][v] = multiply_pairs(acc[r][v], X(pair_unaligned, r, 0), b[v]);
-                    else acc[r][v] = multiply_add(splat(X(float, r, 0)), (vf)(b[v] << 16), acc[r][v]);
-                }
-            for (int r = 0; r < m && !MULTIPLIES_PAIRS; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(X(float, r, 1)), (vf)(b[v] & 0xffff0000u), acc[r][v]);
-        } else {
-            vf b[VECTORS];
-            for (int v = 0; v < VECTORS; v++) b[v] = load(panel + v * LANES * size, type);
-            for (int i = 0; i < calls * size / 4; i++, next += 64) __builtin_prefetch(next);
-            for (int r = 0; r < m; r++)
-                for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(splat(X(float, r, 0)), b[v], acc[r][v]);
+    const int width = m * VECTORS > 2 * TILE_ROWS ? VECTORS / 2 : VECTORS, each = type == BF16 ? 2 : 1; /* positions at once */
+    const int64_t size = each * element_size(type), lines = calls * size / 4;
+    for (int part = 0; part < VECTORS; part += width) {
+        vf acc[TILE_ROWS][VECTORS];
+        const char *three[(TILE_ROWS + 2) / 3], *from = panel + part * LANES * size;
+        for (int r = 0; r < m; r++)
+            for (int v = 0; v < width; v++) acc[r][v] = (vf){};
+        for (int i = 0; 3 * i < m; i++) three[i] = x + 3 * i * x_step;
+        for (const char *end = panel + count / each * PANEL * size; from < end; from += PANEL * size) {
+            for (int i = 0; i < lines && part == 0; i++, next += 64) __builtin_prefetch(next);
+            multiply_position(type, three, x_step, from, m, width, acc);
+            for (int i = 0; 3 * i < m; i++) three[i] += each * position_size(type);
         }
-        const int each = type == BF16 ? 2 : 1; /* positions at once */
-        panel += each * PANEL * size;
-        for (int i = 0; 3 * i < m; i++) three[i] += each * position_size(type);
+        for (int r = 0; r < m; r++)
+            for (int v = 0; v < width; v++) {
+                vf_unaligned *sum = (vf_unaligned *)(sums + r * PANEL + (part + v) * LANES);
+                *sum = first ? acc[r][v] : (vf)*sum + acc[r][v];
+            }
     }
-    for (int r = 0; r < m; r++)
-        for (int v = 0; v < VECTORS; v++) {
-            vf_unaligned *sum = (vf_unaligned *)(sums + r * PANEL + v * LANES);
-            *sum = first ? acc[r][v] : (vf)*sum + acc[r][v];
-        }
 }
 
 /* All rows of a block with a block of one panel, in tiles as equal as they can be. One tile waits for memory and calls for what it needs
@@ -82,13 +89,12 @@ INLINE void strip(int type, const char *x, int64_t x_step, const char *panel, in
         float *to = sums + row * PANEL;
 #define TILE(M, CALLS) case M: tile(type, from, x_step, panel, count, first, to, next, CALLS, M); break;
 #if TILE_ROWS == 12
-#define MORE_TILES(CALLS) \
-    TILE(4, CALLS) TILE(5, CALLS) TILE(6, CALLS) TILE(7, CALLS) TILE(8, CALLS) TILE(9, CALLS) TILE(10, CALLS) TILE(11, CALLS) TILE(12, CALLS)
+#define MORE_TILES(CALLS) TILE(7, CALLS) TILE(8, CALLS) TILE(9, CALLS) TILE(10, CALLS) TILE(11, CALLS) TILE(12, CALLS)
 #else
 #define MORE_TILES(CALLS)
 #endif
 #define TILES(CALLS) \
-    switch (m) { TILE(1, CALLS) TILE(2, CALLS) TILE(3, CALLS) MORE_TILES(CALLS) }
+    switch (m) { TILE(1, CALLS) TILE(2, CALLS) TILE(3, CALLS) TILE(4, CALLS) TILE(5, CALLS) TILE(6, CALLS) MORE_TILES(CALLS) }
         if (tiles == 1) TILES(2)
         else if (i < 2) TILES(1)
         else TILES(0)
