@@ -7,6 +7,7 @@ of the shards' best is what one rank would take, bit for bit; equal values: the 
 likewise (engine/shard_logprobs.py). The shards of the other rows are gathered, and the group's rank 0 chooses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ import torch
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
-from shoal.engine.sampler import Sampler, logprobs_of
+from shoal.engine.sampler import Sampler, edits_logits, has_penalties, logprobs_of
 from shoal.engine.shard_logprobs import sharded_logprobs
+from shoal.kernels.whole_step import StepOutput
 from shoal.model.decoder import Stage
 from shoal.parallel.communicator import Communicator
 
@@ -34,6 +36,14 @@ def filters(params: SamplingParams) -> bool:
     return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
+def takes_best(sequence: SequenceState) -> bool:
+    """Whether a row takes the best token of the logits as they are, and wants to know nothing else."""
+    params = sequence.sampling
+    if params.temperature > 0 or params.logprobs is not None:
+        return False
+    return not has_penalties(params) and not edits_logits(params, sequence)
+
+
 class TokenChooser:
     """Chooses with a stage that has the head. Collective over the tensor group: equal rows on every rank."""
 
@@ -48,7 +58,16 @@ class TokenChooser:
         """hidden_RH: the rows' last hidden state; sequences: their states. Returns a choice per row on the group's rank
         0, of which alone the result is to be used.
         """
-        shard_RV = self.stage.head_shard(hidden_RH)
+        return self.choose(self.stage.head_shard(hidden_RH), sequences)
+
+    def of_step(self, output: StepOutput, sequences: Sequence[SequenceState]) -> list[Choice]:
+        """A choice per row of what Stage.step gave."""
+        if self.stage.spec.final_softcap is None and all(map(takes_best, sequences)):
+            return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
+        return self.choose(output.head_RV, sequences)
+
+    def choose(self, shard_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> list[Choice]:
+        """A choice per row of a head's shard, which may be overwritten."""
         gathered = [row for row, one in enumerate(sequences) if not self.decided_by_shards(one.sampling)]
         apart = sorted(set(range(len(sequences))) - set(gathered))
         found: dict[int, Choice] = {}

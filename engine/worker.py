@@ -16,10 +16,11 @@ import torch
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, SequenceState
-from shoal.engine.choosing import TokenChooser
+from shoal.engine.choosing import Choice, TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
 from shoal.kernels.build import native_library
+from shoal.model.batch import BatchInput
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
@@ -35,6 +36,7 @@ from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.mesh import Mesh
 
+NOT_FINITE = "no token can be chosen: the logits are not finite, or every token is masked"
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
@@ -136,6 +138,28 @@ class Worker:
         if not plan.rows:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
         batch = self.state.build(plan)
+        sequences = [self.state.sequences[row.request_id] for row in plan.rows]
+        return self.run_whole(plan, batch, sequences) or self.run_parts(plan, batch, sequences)
+
+    def run_whole(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
+        """A short step of a rank that has the whole model, in one operation as far as the head; None where it has to be
+        taken apart."""
+        if any(scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True)):
+            return None
+        started = time.perf_counter()
+        stops = itertools.accumulate(row.num_tokens for row in plan.rows)
+        last = [stop - 1 for stop, row in zip(stops, plan.rows, strict=True) if row.sample]
+        output = self.stage.step(batch, last, self.cache)
+        if output is None:
+            return None
+        forward = time.perf_counter()
+        sampling = [sequence for sequence, row in zip(sequences, plan.rows, strict=True) if row.sample]
+        rows = self.row_results(plan, self.chooser.of_step(output, sampling), [None] * len(plan.rows))
+        timing = RankTiming(self.mesh.rank, forward - started, 0.0, time.perf_counter() - forward)
+        return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
+
+    def run_parts(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
+        """Any step, of any stage."""
         started = time.perf_counter()
         if self.shard.has_embedding:
             hidden_TH = self.stage.embed(batch)
@@ -149,8 +173,7 @@ class Worker:
             self.mesh.pipeline.send(hidden_TH.contiguous(), self.shard.pp_rank + 1)
             return None
         forward = time.perf_counter()
-        stops = list(itertools.accumulate(row.num_tokens for row in plan.rows))
-        rows = self.results(plan, stops, hidden_TH)
+        rows = self.results(plan, sequences, hidden_TH)
         if rows is None:
             return None
         timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
@@ -167,53 +190,53 @@ class Worker:
         self.mesh.world.broadcast(tokens, sampling_rank)
         return dict(zip(refs, tokens.tolist(), strict=True))
 
-    def results(self, plan: StepPlan, stops: list[int], hidden_TH: torch.Tensor) -> list[RowResult] | None:
+    def results(
+        self, plan: StepPlan, sequences: list[SequenceState], hidden_TH: torch.Tensor
+    ) -> list[RowResult] | None:
         """Sample the rows that want it and score the prompts that want it. Collective over the tensor group; None off
         its rank 0."""
-        sequences = [self.state.sequences[row.request_id] for row in plan.rows]
+        stops = list(itertools.accumulate(row.num_tokens for row in plan.rows))
         prompt_logprobs = [
             self.prompt_logprobs(row, sequence, stop, hidden_TH)
             for row, sequence, stop in zip(plan.rows, sequences, stops, strict=True)
         ]
         sampling = [index for index, row in enumerate(plan.rows) if row.sample]
-        tokens: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs | None] = {}
-        errors: dict[int, str] = {}
+        choices: list[Choice] = []
         if sampling:
             last = torch.tensor([stops[index] - 1 for index in sampling], device=self.device)
             choices = self.chooser(hidden_TH[last], [sequences[index] for index in sampling])
-            for index, choice in zip(sampling, choices if self.samples else [], strict=self.samples):
-                tokens[index], logprobs[index] = choice.token, choice.logprobs
-                if not choice.finite:
-                    errors[index] = "no token can be chosen: the logits are not finite, or every token is masked"
-        if not self.samples:
-            return None
+        return self.row_results(plan, choices, prompt_logprobs) if self.samples else None
+
+    def row_results(
+        self, plan: StepPlan, choices: list[Choice], prompt_logprobs: list[list[TokenLogprobs] | None]
+    ) -> list[RowResult]:
+        """The rows' results. choices: of those that sample, in their order; prompt_logprobs: of all."""
+        given, tokens, rows = iter(choices), {}, []
+        for index, (row, scores) in enumerate(zip(plan.rows, prompt_logprobs, strict=True)):
+            if not row.sample:
+                rows.append(RowResult(row.request_id, [], None, scores))
+                continue
+            token, logprobs, finite = next(given)
+            tokens[index] = token
+            if finite:
+                rows.append(RowResult(row.request_id, [token], as_list(logprobs), scores))
+            else:
+                rows.append(RowResult(row.request_id, [], None, scores, NOT_FINITE))
         self.remember(plan.step, tokens)
-        return [
-            RowResult(
-                row.request_id,
-                [tokens[index]] if index in tokens and index not in errors else [],
-                as_list(logprobs.get(index)) if index not in errors else None,
-                prompt_logprobs[index],
-                errors.get(index),
-            )
-            for index, row in enumerate(plan.rows)
-        ]
+        return rows
 
     def prompt_logprobs(
         self, row: PlanRow, sequence: SequenceState, stop: int, hidden_TH: torch.Tensor
     ) -> list[TokenLogprobs] | None:
         """Log-probabilities of the prompt tokens that follow this row's positions, when asked for. Collective over the
         tensor group."""
-        count = sequence.sampling.prompt_logprobs
-        first = row.num_computed_tokens
-        last = min(first + row.num_tokens, sequence.num_prompt_tokens - 1)
-        if count is None or last <= first:
+        count, scored = sequence.sampling.prompt_logprobs, scored_positions(row, sequence)
+        if count is None or not scored:
             return None
-        offset = stop - row.num_tokens - first
+        offset = stop - row.num_tokens - scored.start
         found: list[TokenLogprobs] = []
-        for start in range(first, last, PROMPT_LOGPROB_ROWS):
-            end = min(start + PROMPT_LOGPROB_ROWS, last)
+        for start in range(scored.start, scored.stop, PROMPT_LOGPROB_ROWS):
+            end = min(start + PROMPT_LOGPROB_ROWS, scored.stop)
             hidden_RH, targets = hidden_TH[offset + start : offset + end], sequence.token_ids[start + 1 : end + 1]
             found += [entry for entry in self.chooser.scores(hidden_RH, targets, count) if entry is not None]
         return found if self.samples else None
@@ -237,6 +260,14 @@ def use_gpu(device: torch.device) -> None:
     products = torch.backends.cuda.matmul
     products.allow_tf32 = False
     products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
+
+
+def scored_positions(row: PlanRow, sequence: SequenceState) -> range:
+    """Positions of the row whose next token is of the prompt and wants a log-probability."""
+    if sequence.sampling.prompt_logprobs is None:
+        return range(0)
+    first = row.num_computed_tokens
+    return range(first, min(first + row.num_tokens, sequence.num_prompt_tokens - 1))
 
 
 def as_list(entry: TokenLogprobs | None) -> list[TokenLogprobs] | None:

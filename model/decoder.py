@@ -3,23 +3,25 @@
     hidden = stage.embed(batch)                        # first stage
     hidden = stage.forward(batch, hidden, cache)       # every stage; hidden [num_tokens, hidden_size] travels
     logits = stage.logits(hidden[rows])                # last stage; or head_shard, of which rows can be gathered
+    output = stage.step(batch, rows, cache)            # all of it at once, where it can be: best tokens, head_shard
 
 Under tensor parallelism every rank of the group calls the same methods in the same order. Collectives: one all-reduce
 for the embedding, two per layer (one where both branches read the same input), a gather for logits that must be whole.
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from shoal.kernels.fused import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
+from shoal.kernels.whole_step import StepOutput, WholeStep
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
-from shoal.model.fused import FEW_KEYS, FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers
+from shoal.model.fused import FEW_KEYS, FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers, whole_step
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -153,6 +155,11 @@ def summed(
     return x_TH, x_TH
 
 
+def is_short(batch: BatchInput) -> bool:
+    """Whether the step may run whole layers in one call."""
+    return len(batch.token_ids_T) <= FEW_TOKENS and len(batch.seq_lens) * batch.max_seqlen_k <= FEW_KEYS
+
+
 class Stage:
     """Layers [shard.first_layer, shard.last_layer) of a decoder, with the embedding on the first stage and the head
     on the last.
@@ -229,8 +236,7 @@ class Stage:
         """
         branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
-        few = len(hidden_TH) <= FEW_TOKENS and len(batch.seq_lens) * batch.max_seqlen_k <= FEW_KEYS
-        if few and (runs := self.runs(cache)):
+        if is_short(batch) and (runs := self.runs(cache)):
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             for run in runs:
                 hidden_TH, branch_TH = run(hidden_TH, branch_TH, looked_up, steps)
@@ -253,6 +259,30 @@ class Stage:
             whole = [layer for layer in layers if layer is not None]
             cache.runs = runs_of_layers(whole) if whole and len(whole) == len(layers) else []
         return cache.runs
+
+    def whole(self, cache: KVCache) -> WholeStep | None:
+        """The whole model on this cache in one operation; None where it has to be taken apart."""
+        if cache.whole is None:
+            alone = self.shard.has_embedding and self.shard.has_head and self.embed_out is None
+            plain = alone and self.embed_scale is None and self.embed_in is None and self.positions is None
+            embedding = self.embedding.weight if plain else None
+            rotary_dims = [table.rope.rotary_dim for table in self.tables]
+            cache.whole = (
+                whole_step(self.runs(cache), embedding, self.final_norm, self.head, rotary_dims) if alone else []
+            )
+        return cache.whole[0] if cache.whole else None
+
+    def step(self, batch: BatchInput, rows: Sequence[int], cache: KVCache) -> StepOutput | None:
+        """All of a short step on a rank that has the whole model, from token ids to the head's product with `rows` of
+        the tokens and the best token of each; None where it has to be taken apart.
+        """
+        whole = self.whole(cache) if is_short(batch) else None
+        if whole is None:
+            return None
+        x_TH = None if whole.embeds else self.embed(batch)
+        tables = [table.up_to(batch.max_seqlen_k) for table in self.tables]
+        steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
+        return whole(batch.token_ids_T, batch.positions_T, x_TH, rows, tables, steps, self.on_layer)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch
 from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedNorm
-from shoal.kernels.weight import PreparedWeight, Weight
+from shoal.kernels.weight import PackedWeight, PreparedWeight, Weight
+from shoal.kernels.whole_step import WholeStep
 from shoal.model.attention import AttentionMixer
 from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward
 from shoal.model.norms import NormLayer
+from shoal.parallel.embedding import VocabHead
 
 CPU = torch.device("cpu")
 FEW_TOKENS = 64  # of a step that runs whole layers: it is short enough to show no sign of life meanwhile,
@@ -97,6 +99,28 @@ def runs_of_layers(layers: Sequence[FusedLayer]) -> list[FusedLayers]:
         found[-1].append(layer)
         room -= layer_bytes(layer)
     return [FusedLayers(library, run) for run in found]
+
+
+def whole_step(
+    runs: Sequence[FusedLayers],
+    embedding: Weight | None,
+    norm: NormLayer | None,
+    head: VocabHead,
+    rotary_dims: Sequence[int],
+) -> list[WholeStep]:
+    """The runs, all layers of a model, with what is around them; none where that cannot be fused. embedding: None where
+    there is more to it than rows of a table.
+    """
+    library = native_library()
+    if library is None or not runs or not fusible(norm) or not for_c(head.weight):
+        return []
+    table = embedding if isinstance(embedding, PackedWeight) or is_table(embedding) else None
+    return [WholeStep(library, runs, table, fused_norm(norm), head.weight, head.bias, rotary_dims)]
+
+
+def is_table(weight: Weight | None) -> TypeGuard[torch.Tensor]:
+    """Whether C reads its rows as they are."""
+    return isinstance(weight, torch.Tensor) and weight.is_contiguous()
 
 
 def layer_bytes(layer: FusedLayer) -> int:

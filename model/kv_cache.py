@@ -11,6 +11,7 @@ import torch
 
 from shoal.kernels.fused import FusedLayers
 from shoal.kernels.huge_pages import empty_in_huge_pages
+from shoal.kernels.whole_step import WholeStep
 from shoal.model.kv_layout import layer_groups
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
@@ -33,7 +34,8 @@ class KVCache:
 
     num_blocks: per cache group of the spec. dtype: the model's, or float8_e4m3fn; scales: then those of the keys and
     values of some layers, 1 for the others. Contents are undefined until written: nothing may read a slot that no token
-    was written to. runs: the stage's layers on this cache in few calls; the stage makes them when it first needs them.
+    was written to. runs: the stage's layers on this cache in few calls, and whole: those with what is around them in
+    one, none where that cannot be; the stage makes both when it first needs them.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class KVCache:
         assert len(num_blocks) == len(spec.cache_windows), (num_blocks, spec.cache_windows)
         self.block_size = block_size
         self.runs: list[FusedLayers] | None = None
+        self.whole: list[WholeStep] | None = None
         self.layers: dict[int, LayerCache] = {}
         for index in range(shard.first_layer, shard.last_layer):
             mixer = spec.layers[index].mixer

@@ -140,6 +140,10 @@ class RotaryTable:
         """Rows of positions ([num_tokens] int64, all below length). Returns [num_tokens, rotary_dim]: cosines, then
         sines.
         """
+        return self.up_to(length).index_select(0, positions_T)
+
+    def up_to(self, length: int) -> torch.Tensor:
+        """All rows, at least `length`: [positions, rotary_dim]. Another tensor when it had to grow."""
         if length > self._table.shape[0]:
             self._table = self._make(max(length, min(2 * self._table.shape[0], self.max_model_len)))
-        return self._table.index_select(0, positions_T)
+        return self._table

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "fused.h"
 #include "rows.h"
 #include "vector.h"
 #include "weight.h"
@@ -39,7 +40,7 @@ typedef struct {
 } FeedForward;
 
 /* What a step's rows are, for one cache group. */
-typedef struct {
+typedef struct Step {
     const int32_t *block_table, *cu_seqlens_q, *seq_lens;
     const int64_t *slots;
     int64_t table_stride, num_rows, num_tokens, block_size;
@@ -158,7 +159,7 @@ int shoal_fused_feed_forward(const FeedForward *f, void *x, char *scratch, void 
 }
 
 /* A whole layer, mirrored by kernels/fused.py. step, rotation: its entries in what shoal_fused_layers is given; rotation -1: none. */
-typedef struct {
+typedef struct Layer {
     const Mixer *mixer;
     const FeedForward *feed_forward;
     void *k_cache, *v_cache;

@@ -12,5 +12,7 @@ void rope_row(int type, void *x, int64_t head_stride, const float *cos_sin, int6
 void add_row(int type, void *x, const void *y, int64_t size);
 /* kind: activation.c; x [size], or with gated [2 * size]; out [size]. */
 void activation_row(int type, int kind, int gated, const void *x, void *out, int64_t size);
+/* Where the largest element is: the first among equals; the first that is not a number, when there is one. */
+int64_t largest_of_row(int type, const void *x, int64_t size);
 
 #endif

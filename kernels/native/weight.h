@@ -32,5 +32,9 @@ typedef struct {
 void multiply(const Weight *w, const Rows *p, int64_t *next, int threads);
 void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads);
 void multiply_quantized(const Weight *w, const Rows *p, int64_t *next, int threads);
+/* With a team of its own. */
+void shoal_multiply(const Weight *weight, const void *x, int64_t x_stride, const void *bias, void *y, int64_t y_stride, int64_t rows,
+                    int threads);
+void shoal_unpack_rows(const Weight *w, const int64_t *ids, int64_t count, void *out, int threads);
 
 #endif
