@@ -6,19 +6,14 @@ disagree, which is fatal and named.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from shoal.configs.sampling import SamplingParams
+from shoal.engine.decode_batch import DecodeBatch
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan
+from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, GroupTables
-
-if TYPE_CHECKING:
-    from shoal.engine.sampler import TokenCounts
-
 
 LEAST_SHARING_ROWS, LEAST_SHARED_KEYS = 4, 256  # below, one more pass over the batch costs more than reading keys again
 
@@ -27,46 +22,13 @@ class PlanMismatch(RuntimeError):
     """A plan does not fit what this rank holds."""
 
 
-@dataclass(slots=True)
-class SequenceState:
-    """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its
-    block ids."""
-
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    seed: int
-    sample_index: int
-    eos_token_ids: list[int]
-    bad_words_token_ids: list[list[int]]
-    tables: list[np.ndarray]
-    num_blocks: list[int]
-    num_computed_tokens: int = 0
-    counts: "TokenCounts | None" = field(default=None, repr=False)
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Output tokens known here."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    def append_blocks(self, group: int, block_ids: list[int]) -> None:
-        """Extend the block table of a cache group; its capacity doubles."""
-        used, table = self.num_blocks[group], self.tables[group]
-        if used + len(block_ids) > len(table):
-            grown = np.full(max(2 * len(table), used + len(block_ids)), -1, np.int32)
-            grown[:used] = table[:used]
-            self.tables[group] = table = grown
-        table[used : used + len(block_ids)] = block_ids
-        self.num_blocks[group] = used + len(block_ids)
-
-
 class BatchState:
     """The running sequences of one rank, and the tensors a step's plan stands for."""
 
     def __init__(self, block_size: int, num_groups: int, device: torch.device) -> None:
         self.block_size, self.num_groups, self.device = block_size, num_groups, device
         self.sequences: dict[str, SequenceState] = {}
+        self.decode: DecodeBatch | None = None
 
     def apply(self, plan: StepPlan, sampled: Mapping[tuple[int, int], int]) -> None:
         """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs.
@@ -131,8 +93,11 @@ class BatchState:
                 )
 
     def build(self, plan: StepPlan) -> BatchInput:
-        """The tensors of the plan's rows, in their order; marks their tokens as computed. Call after apply, once."""
+        """The tensors of the plan's rows, in their order; marks their tokens as computed. Call after apply, once. Valid
+        until the next call."""
         sequences = [self.sequences[row.request_id] for row in plan.rows]
+        if self.device.type == "cpu" and plan.rows and all(row.num_tokens == 1 for row in plan.rows):
+            return self.build_decode(plan, sequences)
         counts = np.array([row.num_tokens for row in plan.rows], np.int64)
         starts = np.array([row.num_computed_tokens for row in plan.rows], np.int64)
         cu_seqlens = np.zeros(len(counts) + 1, np.int32)
@@ -156,6 +121,15 @@ class BatchState:
                 self.group_tables(group, sequences, starts, positions, row_of_token) for group in range(self.num_groups)
             ),
         )
+
+    def build_decode(self, plan: StepPlan, sequences: list[SequenceState]) -> BatchInput:
+        """The same, from what is there already, where every row has one token."""
+        if self.decode is None or not self.decode.fits(sequences):
+            self.decode = DecodeBatch(sequences, self.block_size)
+        positions = [row.num_computed_tokens for row in plan.rows]
+        for position, sequence in zip(positions, sequences, strict=True):
+            sequence.num_computed_tokens = position + 1
+        return self.decode.fill(sequences, positions)
 
     def group_tables(
         self,

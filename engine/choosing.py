@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
 from shoal.engine.sampler import Sampler, edits_logits, has_penalties, logprobs_of
+from shoal.engine.sequence_state import SequenceState
 from shoal.engine.shard_logprobs import sharded_logprobs
 from shoal.kernels.whole_step import StepOutput
 from shoal.model.decoder import Stage

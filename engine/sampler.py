@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import SequenceState
 from shoal.engine.messages import TokenLogprobs
+from shoal.engine.sequence_state import SequenceState
 from shoal.kernels.argmax import argmax
 from shoal.kernels.device import on_gpu
 from shoal.kernels.logit_filters import filter_logits_

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from shoal.configs.schema import ShoalConfig
-from shoal.engine.batch_state import BatchState, SequenceState
+from shoal.engine.batch_state import BatchState
 from shoal.engine.choosing import Choice, TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
+from shoal.engine.sequence_state import SequenceState
 from shoal.kernels.build import native_library
 from shoal.model.batch import BatchInput
 from shoal.model.checkpoint import Checkpoint, load_parameters

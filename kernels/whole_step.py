@@ -5,7 +5,6 @@ For CPUs and prepared weights, like kernels/fused.py. Shapes: T tokens, R rows t
 """
 
 import ctypes
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -78,7 +77,7 @@ class WholeStep:
         self.runs, self.embeds, self.head, self.rotary_dims = runs, embedding is not None, head, tuple(rotary_dims)
         self.dtype, self.hidden, count = head.dtype, head.shape[1], len(rotary_dims)
         self.native_head, native = with_bias(head, head_bias), native_norm(norm, head.dtype)
-        self.tables: tuple[torch.Tensor, ...] = ()
+        self.tables: list[torch.Tensor | None] = [None] * count
         self.table_pointers, self.dims = (POINTER * count)(), (INT64 * count)(*rotary_dims)
         packed, plain = (embedding, None) if isinstance(embedding, PackedWeight) else (None, embedding)
         assert embedding is None or (embedding.dtype == head.dtype and embedding.shape[1] == self.hidden)
@@ -94,64 +93,76 @@ class WholeStep:
         self.scratch_width = max(run.scratch_width for run in runs)
         self.call = library.function("shoal_whole_step", _PROTOTYPE, INT)
 
-    def __call__(
+    def prepare(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        x_TH: torch.Tensor | None,
         rows: Sequence[int],
-        tables: Sequence[torch.Tensor],
         steps: Sequence[NativeStep],
-        between: Callable[[], None] | None = None,
-    ) -> StepOutput:
-        """Run the step. Raises MemoryError.
+    ) -> "WholeCall":
+        """What a step needs, to be run as often as these tensors get other contents.
 
-        token_ids, positions: [T] int64; x: [T, H], overwritten, None where the step embeds; rows: the tokens that
-        sample; tables: cosines and sines of every position, [positions, R] float32; steps: by cache group; between:
-        called after every run of layers.
+        token_ids, positions: [T] int64; rows: the tokens that sample; steps: by cache group.
         """
-        num_tokens, num_rows = len(token_ids), len(rows)
-        assert (x_TH is None) == self.embeds and token_ids.dtype == positions.dtype == torch.int64
-        self.point_at(tables)
-        hidden, itemsize = num_tokens * self.hidden, self.dtype.itemsize
-        memory = torch.empty(2 * hidden + num_tokens * self.scratch_width + num_rows * self.hidden, dtype=self.dtype)
-        cos_sin = torch.empty(num_tokens * sum(self.rotary_dims), dtype=torch.float32)
-        head_RV = torch.empty((num_rows, self.head.shape[0]), dtype=self.dtype)
-        x = memory.data_ptr()
-        branch = x + hidden * itemsize
-        normed = branch + hidden * itemsize
-        scratch = normed + num_rows * self.hidden * itemsize
-        row_numbers, best, values = (INT64 * num_rows)(*rows), (INT64 * num_rows)(), (FLOAT * num_rows)()
-        step_pointers = (POINTER * len(steps))(*map(ctypes.addressof, steps))
-        starts = itertools.accumulate(self.rotary_dims[:-1], initial=0)
-        cos_sins = (POINTER * len(tables))(*(cos_sin.data_ptr() + 4 * num_tokens * start for start in starts))
-        work = NativeWork(
-            token_ids.data_ptr(), positions.data_ptr(), ctypes.addressof(row_numbers),
-            ctypes.addressof(step_pointers), ctypes.addressof(cos_sins),
-            x if x_TH is None else x_TH.data_ptr(), branch, scratch, normed, head_RV.data_ptr(),
-            ctypes.addressof(best), ctypes.addressof(values), num_tokens, num_rows,
-        )  # fmt: skip
-        first, threads = 0, torch.get_num_threads()
-        for run in self.runs:
-            count = len(run.natives)
-            if self.call(
-                ctypes.addressof(self.native),
-                ctypes.addressof(work),
-                ctypes.addressof(run.natives),
-                first,
-                count,
-                threads,
-            ):
-                raise MemoryError(f"no memory for the scratch of attention over {num_tokens} tokens")
-            first += count
-            if between is not None:
-                between()
-        return StepOutput(head_RV, list(best), list(values))
+        return WholeCall(self, token_ids, positions, rows, steps)
 
     def point_at(self, tables: Sequence[torch.Tensor]) -> None:
-        """Have C read these tables of cosines and sines; others come when they have grown."""
+        """Have C read these tables of cosines and sines, [positions, rotary_dim] float32; others come when they have
+        grown.
+        """
         for index, table in enumerate(tables):
-            if index >= len(self.tables) or table is not self.tables[index]:
+            if self.tables[index] is not table:
                 assert table.is_contiguous() and table.shape[1] == self.rotary_dims[index]
-                self.table_pointers[index] = table.data_ptr()
-        self.tables = tuple(tables)
+                self.table_pointers[index], self.tables[index] = table.data_ptr(), table
+
+
+class WholeCall:
+    """One shape of step, with its memory."""
+
+    def __init__(
+        self,
+        whole: WholeStep,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: Sequence[int],
+        steps: Sequence[NativeStep],
+    ) -> None:
+        assert token_ids.dtype == positions.dtype == torch.int64
+        self.whole, self.rows = whole, list(rows)
+        num_tokens, num_rows, dtype = len(token_ids), len(rows), whole.dtype
+        hidden = num_tokens * whole.hidden
+        self.x_TH = torch.empty((num_tokens, whole.hidden), dtype=dtype)
+        memory = torch.empty(hidden + num_tokens * whole.scratch_width + num_rows * whole.hidden, dtype=dtype)
+        self.head_RV = torch.empty((num_rows, whole.head.shape[0]), dtype=dtype)
+        self.best, self.values = (INT64 * num_rows)(), (FLOAT * num_rows)()
+        cos_sins = [torch.empty(num_tokens * dim, dtype=torch.float32) for dim in whole.rotary_dims]
+        cos_sin_pointers = (POINTER * len(cos_sins))(*(one.data_ptr() for one in cos_sins))
+        step_pointers, row_numbers = (POINTER * len(steps))(*map(ctypes.addressof, steps)), (INT64 * num_rows)(*rows)
+        self.kept = (token_ids, positions, steps, memory, cos_sins, cos_sin_pointers, step_pointers, row_numbers)
+        branch = memory.data_ptr()
+        normed = branch + hidden * dtype.itemsize
+        scratch = normed + num_rows * whole.hidden * dtype.itemsize
+        self.work = NativeWork(
+            token_ids.data_ptr(), positions.data_ptr(), ctypes.addressof(row_numbers),
+            ctypes.addressof(step_pointers), ctypes.addressof(cos_sin_pointers), self.x_TH.data_ptr(), branch, scratch,
+            normed, self.head_RV.data_ptr(), ctypes.addressof(self.best), ctypes.addressof(self.values),
+            num_tokens, num_rows,
+        )  # fmt: skip
+        self.runs, first = [], 0
+        for run in whole.runs:
+            pointers = (whole.native, self.work, run.natives)
+            self.runs.append((*map(ctypes.addressof, pointers), first, len(run.natives)))
+            first += len(run.natives)
+
+    def __call__(self, tables: Sequence[torch.Tensor], between: Callable[[], None] | None = None) -> StepOutput:
+        """Run the step; x_TH holds the embeddings where the whole step has none. The result is valid until the next
+        call. tables: see point_at; between: called after every run of layers. Raises MemoryError.
+        """
+        self.whole.point_at(tables)
+        threads = torch.get_num_threads()
+        for run in self.runs:
+            if self.whole.call(*run, threads):
+                raise MemoryError(f"no memory for the scratch of attention over {len(self.x_TH)} tokens")
+            if between is not None:
+                between()
+        return StepOutput(self.head_RV, list(self.best), list(self.values))

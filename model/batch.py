@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shoal.kernels.fused import NativeStep, make_step
+from shoal.kernels.whole_step import WholeCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class GroupTables:
         return self._native[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchInput:
     """token_ids_T, positions_T: [num_tokens] int64. cu_seqlens_q: [num_rows + 1] int32, row r's tokens are [cu[r], cu[r
     + 1]). seq_lens: [num_rows] int32, tokens in the cache after this step (the last token's position + 1).
@@ -46,3 +47,4 @@ class BatchInput:
     max_seqlen_q: int
     max_seqlen_k: int
     groups: tuple[GroupTables, ...]
+    whole: WholeCall | None = field(default=None, repr=False)  # of the last step that was run whole

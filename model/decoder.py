@@ -10,7 +10,7 @@ for the embedding, two per layer (one where both branches read the same input), 
 Shapes: T tokens, R rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -272,17 +272,20 @@ class Stage:
             )
         return cache.whole[0] if cache.whole else None
 
-    def step(self, batch: BatchInput, rows: Sequence[int], cache: KVCache) -> StepOutput | None:
+    def step(self, batch: BatchInput, rows: list[int], cache: KVCache) -> StepOutput | None:
         """All of a short step on a rank that has the whole model, from token ids to the head's product with `rows` of
         the tokens and the best token of each; None where it has to be taken apart.
         """
         whole = self.whole(cache) if is_short(batch) else None
         if whole is None:
             return None
-        x_TH = None if whole.embeds else self.embed(batch)
-        tables = [table.up_to(batch.max_seqlen_k) for table in self.tables]
-        steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
-        return whole(batch.token_ids_T, batch.positions_T, x_TH, rows, tables, steps, self.on_layer)
+        call = batch.whole
+        if call is None or call.whole is not whole or call.rows != rows:
+            steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
+            call = batch.whole = whole.prepare(batch.token_ids_T, batch.positions_T, rows, steps)
+        if not whole.embeds:
+            call.x_TH.copy_(self.embed(batch))
+        return call([table.up_to(batch.max_seqlen_k) for table in self.tables], self.on_layer)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

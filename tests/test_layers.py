@@ -17,7 +17,17 @@ LAYERS = ("shoal", "launcher", "server", "engine", "model", "parallel", "kernels
 """From the top down; a room imports from itself and from those after it."""
 ROOMS = LAYERS[1:]
 ONE_FILE_ONLY = ("ray", "deepspeed", "fastapi", "transformers", "huggingface_hub")
-ENGINE_WITH_TORCH = {"batch_state", "choosing", "sampler", "shard_logprobs", "worker", "profile", "inprocess_executor"}
+ENGINE_WITH_TORCH = {
+    "batch_state",
+    "choosing",
+    "decode_batch",
+    "inprocess_executor",
+    "profile",
+    "sampler",
+    "sequence_state",
+    "shard_logprobs",
+    "worker",
+}
 """The side of the engine room that runs on the ranks; the rest, the engine's own loop, needs no torch."""
 HEAVY = ("torch", "numpy", "transformers", "rich", "tokenizers", "jinja2", "huggingface_hub")
 

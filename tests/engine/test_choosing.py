@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import SequenceState
 from shoal.engine.choosing import TokenChooser, filters
 from shoal.engine.messages import TokenLogprobs
 from shoal.engine.sampler import Sampler
+from shoal.engine.sequence_state import SequenceState
 from shoal.engine.shard_logprobs import shard_scores
 from shoal.parallel.mesh import make_mesh
 from tests.ranks import Ranks, run_ranks

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import SequenceState
 from shoal.engine.sampler import Sampler
+from shoal.engine.sequence_state import SequenceState
 from shoal.kernels.logit_filters import filter_reference
 from shoal.kernels.philox import gumbel_noise
 
