@@ -15,6 +15,7 @@ from shoal.engine.cache_log import CacheChanges, CacheLog
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.clock import Clock
 from shoal.engine.executor import Executor, ExecutorFailed
+from shoal.engine.joined_deltas import JoinedDeltas
 from shoal.engine.messages import EngineStats, FinishReason, OutputDelta, Request
 from shoal.engine.queue_wait import QueueWait
 from shoal.engine.scheduler import Scheduler
@@ -47,6 +48,7 @@ class EngineCore:
         self.failure: EngineError | None = None
         self._live: dict[str, Sequence] = {}
         self._outbox: list[OutputDelta] = []
+        self._joined = JoinedDeltas()
         self._handles: deque[tuple[int, float]] = deque()  # of launched plans, with the moment of their launch
         self._last_result = 0.0
         self._seeds = random.Random(config.runtime.seed)
@@ -91,6 +93,8 @@ class EngineCore:
         else:
             self._live[request.request_id] = seq
             self.scheduler.add(seq)
+            if request.joined:
+                self._joined.add(request.request_id)
             if request.deadline_s is not None:
                 self._next_deadline = min(self._next_deadline, request.deadline_s)
         self._engine_s += self.clock.monotonic() - started
@@ -153,7 +157,9 @@ class EngineCore:
             seq = self._live.pop(request_id, None)
             if seq is not None:
                 self.scheduler.finish(seq)
-                if not silent:
+                if silent:
+                    self._joined.forget(request_id)
+                else:
                     self._outbox.append(self._last_delta(seq, "abort"))
 
     def step(self) -> list[OutputDelta]:
@@ -167,7 +173,7 @@ class EngineCore:
                 self._advance()
             except Exception as error:  # noqa: BLE001 -- whatever it is, no stream may end in silence
                 self.fail(error)
-        deltas, self._outbox = self._outbox, []
+        deltas, self._outbox = self._joined.passing(self._outbox, started), []
         self._engine_s += self.clock.monotonic() - started - (self._executor_s - executor_s)
         return deltas
 

@@ -28,7 +28,7 @@ class Request(Message, frozen=True, kw_only=True):
     prompt_token_ids: at least one id. sampling: checked, with n == 1 (the front end fans n out by sample_index) and a
     seed. emitted_token_ids: output computed elsewhere before; treated as computed output (resume). arrival:
     time.time(). deadline_s: absolute time.time() after which the request is aborted. cache_salt: prefixes are shared
-    only under an equal salt.
+    only under an equal salt. joined: nobody follows its tokens one by one; deltas may hold what came in some time.
     """
 
     request_id: str
@@ -42,6 +42,7 @@ class Request(Message, frozen=True, kw_only=True):
     sample_index: int = 0
     eos_token_ids: list[int] = []
     bad_words_token_ids: list[list[int]] = []
+    joined: bool = False
 
 
 class TokenLogprobs(Record, frozen=True):

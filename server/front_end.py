@@ -170,12 +170,15 @@ class FrontEnd:
             SequenceOutput(k, prepared.sampling, self.tokenizer, prepared.prompt.token_ids, self.eos_token_ids)
             for k in range(len(prepared.parts))
         ]
-        self._active[prepared.request_id] = ([part.request_id for part in prepared.parts], sequences)
+        parts = prepared.parts
+        self._active[prepared.request_id] = ([part.request_id for part in parts], sequences)
+        if output_kind == "final" and not prepared.sampling.stop:  # a stop string is to end the request when it comes
+            parts = [msgspec.structs.replace(part, joined=True) for part in parts]
         try:
             if len(sequences) == 1:
-                updates = self._follow(prepared.parts[0], sequences[0], patient)
+                updates = self._follow(parts[0], sequences[0], patient)
             else:
-                updates = self._follow_all(prepared.parts, sequences, patient)
+                updates = self._follow_all(parts, sequences, patient)
             reported = -1
             async with aclosing(updates):
                 async for _ in updates:
