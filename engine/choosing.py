@@ -66,6 +66,7 @@ class TokenChooser:
             return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
         return self.choose(output.head_RV, sequences)
 
+    @torch.inference_mode()
     def choose(self, shard_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> list[Choice]:
         """A choice per row of a head's shard, which may be overwritten."""
         gathered = [row for row, one in enumerate(sequences) if not self.decided_by_shards(one.sampling)]

@@ -8,7 +8,7 @@ import msgspec
 
 from shoal.engine.messages import OutputDelta
 
-HOLD_S = 0.1  # between the moments at which what is held of all requests passes
+HOLD_S = 0.25  # between the moments at which what is held of all requests passes
 
 
 class JoinedDeltas:

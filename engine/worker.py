@@ -132,7 +132,6 @@ class Worker:
         block_size = self.config.cache.block_size
         self.cache = KVCache(self.spec, self.shard, num_blocks, block_size, dtype, self.device, self.kv_scales)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""
         self.state.apply(plan, self.resolve_refs(plan))
@@ -140,7 +139,8 @@ class Worker:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
         batch = self.state.build(plan)
         sequences = [self.state.sequences[row.request_id] for row in plan.rows]
-        return self.run_whole(plan, batch, sequences) or self.run_parts(plan, batch, sequences)
+        result = self.run_whole(plan, batch, sequences)
+        return self.run_parts(plan, batch, sequences) if result is None else result
 
     def run_whole(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
         """A short step of a rank that has the whole model, in one operation as far as the head; None where it has to be
@@ -159,6 +159,7 @@ class Worker:
         timing = RankTiming(self.mesh.rank, forward - started, 0.0, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
+    @torch.inference_mode()
     def run_parts(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
         """Any step, of any stage."""
         started = time.perf_counter()

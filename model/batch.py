@@ -47,4 +47,9 @@ class BatchInput:
     max_seqlen_q: int
     max_seqlen_k: int
     groups: tuple[GroupTables, ...]
+    num_tokens: int = field(init=False)
+    num_rows: int = field(init=False)
     whole: WholeCall | None = field(default=None, repr=False)  # of the last step that was run whole
+
+    def __post_init__(self) -> None:
+        self.num_tokens, self.num_rows = len(self.token_ids_T), len(self.seq_lens)

@@ -157,7 +157,7 @@ def summed(
 
 def is_short(batch: BatchInput) -> bool:
     """Whether the step may run whole layers in one call."""
-    return len(batch.token_ids_T) <= FEW_TOKENS and len(batch.seq_lens) * batch.max_seqlen_k <= FEW_KEYS
+    return batch.num_tokens <= FEW_TOKENS and batch.num_rows * batch.max_seqlen_k <= FEW_KEYS
 
 
 class Stage:
@@ -276,10 +276,9 @@ class Stage:
         """All of a short step on a rank that has the whole model, from token ids to the head's product with `rows` of
         the tokens and the best token of each; None where it has to be taken apart.
         """
-        whole = self.whole(cache) if is_short(batch) else None
+        whole, call = self.whole(cache) if is_short(batch) else None, batch.whole
         if whole is None:
             return None
-        call = batch.whole
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             call = batch.whole = whole.prepare(batch.token_ids_T, batch.positions_T, rows, steps)

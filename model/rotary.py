@@ -130,7 +130,8 @@ class RotaryTable:
 
     def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
         self.rope, self.max_model_len, self.device = rope, max_model_len, device
-        self._table = self._make(min(FIRST_POSITIONS, max_model_len))
+        self._count = min(FIRST_POSITIONS, max_model_len)
+        self._table = self._make(self._count)
 
     def _make(self, count: int) -> torch.Tensor:
         angles, factor = rope_angles(self.rope, torch.arange(count), self.max_model_len)
@@ -144,6 +145,7 @@ class RotaryTable:
 
     def up_to(self, length: int) -> torch.Tensor:
         """All rows, at least `length`: [positions, rotary_dim]. Another tensor when it had to grow."""
-        if length > self._table.shape[0]:
-            self._table = self._make(max(length, min(2 * self._table.shape[0], self.max_model_len)))
+        if length > self._count:
+            self._count = max(length, min(2 * self._count, self.max_model_len))
+            self._table = self._make(self._count)
         return self._table

@@ -46,6 +46,56 @@ def test_mixed_rows_become_ragged_tensors() -> None:
     assert batch.groups[0].slot_mapping_T.tolist() == [11, 8, 9, 18]
 
 
+def test_rows_of_one_token_reuse_what_is_there() -> None:
+    """Rows come and go, change places and get blocks; the same tensors, or larger ones, say so."""
+    state = fresh()
+    steps: list[tuple[list[PlanRow], list[NewSequence], list[str]]] = [
+        ([PlanRow("a", 3, 1, [], [[]], [5], True)], [new("a", [10, 11, 12, 13], [7, 5])], []),
+        ([PlanRow("a", 4, 1, [14], [[2]], [2], True)], [], []),
+        (
+            [PlanRow("b", 0, 1, [], [[]], [9], True), PlanRow("a", 5, 1, [15], [[]], [2], True)],
+            [new("b", [20], [9])],
+            [],
+        ),
+        (
+            [PlanRow("c", 1, 1, [], [[]], [1], False), PlanRow("b", 1, 1, [21], [[]], [9], True)],
+            [new("c", [30, 31], [1])],
+            ["a"],
+        ),
+    ]
+    expected = [
+        ([13], [3], [4], [[7, 5]], [11]),
+        ([14], [4], [5], [[7, 5, 2]], [4]),
+        ([20, 15], [0, 5], [1, 6], [[9], [7, 5, 2]], [18, 5]),
+        ([31, 21], [1, 1], [2, 2], [[1], [9]], [3, 19]),
+    ]
+    for step, ((rows, announced, finished), (tokens, positions, lengths, tables, slots)) in enumerate(
+        zip(steps, expected, strict=True)
+    ):
+        made = plan(step, rows, new_sequences=announced, finished_ids=finished)
+        state.apply(made, {})
+        batch = state.build(made)
+        assert batch.token_ids_T.tolist() == tokens and batch.positions_T.tolist() == positions
+        assert batch.seq_lens.tolist() == lengths and batch.max_seqlen_k == max(lengths) and batch.max_seqlen_q == 1
+        assert batch.cu_seqlens_q.tolist() == list(range(len(rows) + 1))
+        (group,) = batch.groups
+        assert [row[: len(want)] for row, want in zip(group.block_table_RB.tolist(), tables, strict=True)] == tables
+        assert group.slot_mapping_T.tolist() == slots
+
+
+def test_a_block_table_that_outgrows_its_room_is_made_anew() -> None:
+    state = fresh(1)
+    first = plan(0, [PlanRow("a", 0, 1, [], [[]], [0], True)], new_sequences=[new("a", [1], [0])])
+    state.apply(first, {})
+    state.build(first)
+    for position in range(1, 70):
+        step = plan(position, [PlanRow("a", position, 1, [position], [[position]], [position], True)])
+        state.apply(step, {})
+        (group,) = state.build(step).groups
+        assert group.block_table_RB[0, : position + 1].tolist() == list(range(position + 1))
+        assert group.slot_mapping_T.tolist() == [position]
+
+
 def test_a_reference_stands_for_the_token_another_step_sampled() -> None:
     state = fresh()
     first = plan(0, [PlanRow("a", 0, 2, [], [[]], [0], True)], new_sequences=[new("a", [1, 2], [0])])

@@ -82,12 +82,12 @@ class PagedModel:
                 slots.append(blocks[position // self.block_size] * self.block_size + position % self.block_size)
         return GroupTables(table, torch.tensor(slots, dtype=torch.int64))
 
-    def step(self, plan: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-        """Compute the next `count` tokens of each named sequence. Returns the logits of every position computed."""
+    def batch(self, plan: list[tuple[str, int]]) -> BatchInput:
+        """The next `count` tokens of each named sequence."""
         rows = [(self.sequences[name], count) for name, count in plan]
         places = [(sequence, sequence.num_computed + offset) for sequence, count in rows for offset in range(count)]
         counts, lengths = [count for _, count in rows], [sequence.num_computed + count for sequence, count in rows]
-        batch = BatchInput(
+        return BatchInput(
             token_ids_T=torch.tensor([sequence.token_ids[at] for sequence, at in places], dtype=torch.int64),
             positions_T=torch.tensor([at for _, at in places], dtype=torch.int64),
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
@@ -96,14 +96,18 @@ class PagedModel:
             max_seqlen_k=max(lengths, default=0),
             groups=tuple(self.group_tables(group, rows) for group in range(len(self.windows))),
         )
+
+    def step(self, plan: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """Compute the next `count` tokens of each named sequence. Returns the logits of every position computed."""
+        batch = self.batch(plan)
         hidden = self.stages[0].embed(batch)
         for stage, cache in zip(self.stages, self.caches):
             hidden = stage.forward(batch, hidden, cache)
         logits = self.stages[-1].logits(hidden)
-        for sequence, count in rows:
-            sequence.num_computed += count
-            self.leave_windows(sequence)
-        return {name: part for (name, _), part in zip(plan, logits.split(counts))}
+        for name, count in plan:
+            self.sequences[name].num_computed += count
+            self.leave_windows(self.sequences[name])
+        return {name: part for (name, _), part in zip(plan, logits.split([count for _, count in plan]))}
 
     def leave_windows(self, sequence: Sequence) -> None:
         """Free the blocks that no further token of the sequence will see."""

@@ -1,4 +1,6 @@
-"""Steps of few tokens and keys run whole layers in one call, others layer by layer, with the same bits."""
+"""Steps of few tokens and keys run whole layers, or the whole model, in one call, others layer by layer, with the same
+bits.
+"""
 
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedLayers
+from tests.model.paged import PagedModel
 from tests.model.test_families_parity import load_stage, stage_logits
 from tests.model.tiny_models import make_model
 
@@ -30,3 +33,43 @@ def test_whole_layers_give_the_bits_of_single_ones(tmp_path: Path, monkeypatch: 
             patch.setattr(f"shoal.model.decoder.{name}", 0)
             assert torch.equal(stage_logits(stage, token_ids, [20, 1, 9]), together)
     assert calls == [20, 1, 9], "neither limit let any step through"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_dynamic", "mistral", "qwen2", "qwen3", "phi3"])
+def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> None:
+    if native_library() is None:
+        pytest.skip("no C compiler here")
+    stage = load_stage(make_model(name, tmp_path))
+    apart, whole = (PagedModel(stage.spec, [stage], 4) for _ in range(2))
+    for model in (apart, whole):
+        model.add("a", list(range(3, 33)))
+        model.add("b", list(range(40, 50)))
+    for plan in ([("a", 20), ("b", 3)], [("a", 1), ("b", 1)], [("b", 1), ("a", 4)], [("a", 1)]):
+        first, second = (model.batch(plan) for model in (apart, whole))
+        stops = first.cu_seqlens_q[1:]
+        hidden = stage.forward(first, stage.embed(first), apart.caches[0])
+        want = stage.head_shard(hidden[stops.long() - 1])
+        got = stage.step(second, [stop - 1 for stop in stops.tolist()], whole.caches[0])
+        assert got is not None and torch.equal(got.head_RV, want)
+        assert got.best == want.argmax(-1).tolist() and got.values == want.amax(-1).tolist()
+        for model in (apart, whole):
+            for sequence_name, count in plan:
+                model.sequences[sequence_name].num_computed += count
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "mixtral"])
+def test_models_with_more_to_them_have_no_whole_steps(name: str, tmp_path: Path) -> None:
+    stage = load_stage(make_model(name, tmp_path))
+    model = PagedModel(stage.spec, [stage], 4)
+    model.add("a", [5, 6, 7])
+    assert stage.step(model.batch([("a", 3)]), [2], model.caches[0]) is None
+
+
+def test_long_steps_are_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load_stage(make_model("llama", tmp_path))
+    model = PagedModel(stage.spec, [stage], 4)
+    model.add("a", list(range(3, 33)))
+    for name, limit in (("FEW_TOKENS", 29), ("FEW_KEYS", 29)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"shoal.model.decoder.{name}", limit)
+            assert stage.step(model.batch([("a", 30)]), [29], model.caches[0]) is None
