@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from shoal.engine.client import EngineClient, EngineError, QueueFull
 from shoal.engine.engine_core import EngineCore
+from shoal.engine.loop_inbox import LoopInbox
 from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.engine.work_thread import WorkThread
 
@@ -24,14 +25,18 @@ T = TypeVar("T")
 class _Stream:
     """A request's deltas on their way to the event loop that reads them: at most one per token of max_model_len."""
 
-    __slots__ = ("loop", "queue")
+    __slots__ = ("inbox", "queue")
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, inbox: "_Inbox") -> None:
+        self.inbox = inbox
         self.queue: asyncio.Queue[OutputDelta] = asyncio.Queue()
 
 
-def _put_all(deltas: list[tuple[_Stream, OutputDelta]]) -> None:
+_Deltas = list[tuple[_Stream, OutputDelta]]
+_Inbox = LoopInbox[_Deltas]
+
+
+def _put_all(deltas: _Deltas) -> None:
     for stream, delta in deltas:
         stream.queue.put_nowait(delta)
 
@@ -49,6 +54,7 @@ class InprocessClient(EngineClient):
         self._closing = self._ended = self._draining = False
         self._submitting: set[_Stream] = set()  # not looked at by the core yet
         self._streams: dict[str, _Stream] = {}
+        self._inboxes: dict[asyncio.AbstractEventLoop, _Inbox] = {}  # of loops with streams; each loop sees to its own
         self._drained: list[Future[None]] = []
         self._failed: Future[EngineError] = Future()
         self.on_accepted: Callable[[str], None] | None = None
@@ -66,7 +72,7 @@ class InprocessClient(EngineClient):
         scheduler = self._core.config.scheduler
         if len(self._submitting) >= scheduler.max_queued_requests + scheduler.max_num_seqs:
             raise QueueFull(f"{len(self._submitting)} requests came during one step: come back later", 1.0)
-        stream = _Stream()
+        stream = _Stream(self._enter())
         finished = False
         try:
             self._submitting.add(stream)
@@ -81,6 +87,7 @@ class InprocessClient(EngineClient):
             self._submitting.discard(stream)
             if not finished:
                 self._post(lambda: self._abandon(request.request_id, stream))
+            self._leave(stream.inbox)
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests; unknown or finished ids are no error."""
@@ -121,6 +128,21 @@ class InprocessClient(EngineClient):
         await asyncio.to_thread(self._thread.join, limit_s)
         if self._thread.is_alive():
             raise EngineError(f"the engine's thread did not end within {limit_s:g} s (launcher.step_timeout_s)")
+
+    def _enter(self) -> _Inbox:
+        """The running loop's inbox, for one more stream."""
+        loop = asyncio.get_running_loop()
+        inbox = self._inboxes.get(loop)
+        if inbox is None:
+            inbox = self._inboxes[loop] = LoopInbox(_put_all)
+        inbox.num_users += 1
+        return inbox
+
+    def _leave(self, inbox: _Inbox) -> None:
+        inbox.num_users -= 1
+        if not inbox.num_users:
+            del self._inboxes[inbox.loop]
+            inbox.close()
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Have the thread run a command between steps; False when it has ended."""
@@ -196,16 +218,16 @@ class InprocessClient(EngineClient):
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
         """Hand a step's deltas to their event loops."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, OutputDelta]]] = {}
+        batches: dict[_Inbox, _Deltas] = {}
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
-                batches.setdefault(stream.loop, []).append((stream, delta))
+                batches.setdefault(stream.inbox, []).append((stream, delta))
                 if delta.finish_reason is not None:
                     del self._streams[delta.request_id]
-        for loop, batch in batches.items():
+        for inbox, batch in batches.items():
             try:
-                loop.call_soon_threadsafe(_put_all, batch)
+                inbox.put(batch)
             except RuntimeError:  # the loop was closed with streams open: nobody reads them
                 for stream, delta in batch:
                     self._abandon(delta.request_id, stream)
