@@ -124,12 +124,12 @@ class BatchState:
 
     def build_decode(self, plan: StepPlan, sequences: list[SequenceState]) -> BatchInput:
         """The same, from what is there already, where every row has one token."""
-        if self.decode is None or not self.decode.fits(sequences):
+        batch = None if self.decode is None else self.decode.fill(plan.rows, sequences)
+        if batch is None:
             self.decode = DecodeBatch(sequences, self.block_size)
-        positions = [row.num_computed_tokens for row in plan.rows]
-        for position, sequence in zip(positions, sequences, strict=True):
-            sequence.num_computed_tokens = position + 1
-        return self.decode.fill(sequences, positions)
+            batch = self.decode.fill(plan.rows, sequences)
+            assert batch is not None, "it was made for them"
+        return batch
 
     def group_tables(
         self,

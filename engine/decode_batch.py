@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from shoal.engine.messages import PlanRow
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, GroupTables
 
@@ -17,52 +18,56 @@ class DecodeBatch:
     def __init__(self, sequences: Sequence[SequenceState], block_size: int) -> None:
         """sequences: some to make room for, with as much again for their growth."""
         count, self.block_size = len(sequences), block_size
-        self.widths = [max(LEAST_WIDTH, 2 * used) for used in most_blocks(sequences)]
-        self.token_ids, self.positions = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self.seq_lens = np.zeros(count, np.int32)
+        most = (max(used) for used in zip(*(sequence.num_blocks for sequence in sequences), strict=True))
+        self.widths = [max(LEAST_WIDTH, 2 * used) for used in most]  # by cache group
+        token_ids, positions, seq_lens = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int32)
+        slots = [np.zeros(count, np.int64) for _ in self.widths]
         self.tables = [np.full((count, width), -1, np.int32) for width in self.widths]
-        self.slots = [np.zeros(count, np.int64) for _ in self.widths]
         self.held: list[tuple[SequenceState, list[int]] | None] = [None] * count  # whose blocks a row has, how many
+        self.token_ids, self.positions, self.seq_lens = token_ids.data, positions.data, seq_lens.data
+        self.slots = [array.data for array in slots]  # views of memory are quicker to write single numbers to
         self.batch = BatchInput(
-            token_ids_T=torch.from_numpy(self.token_ids),
-            positions_T=torch.from_numpy(self.positions),
-            cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32),
-            seq_lens=torch.from_numpy(self.seq_lens),
+            token_ids_T=torch.from_numpy(token_ids),
+            positions_T=torch.from_numpy(positions),
+            cu_seqlens_q=torch.from_numpy(np.arange(count + 1, dtype=np.int32)),
+            seq_lens=torch.from_numpy(seq_lens),
             max_seqlen_q=1,
             max_seqlen_k=0,
             groups=tuple(
-                GroupTables(torch.from_numpy(table), torch.from_numpy(slots))
-                for table, slots in zip(self.tables, self.slots, strict=True)
+                GroupTables(torch.from_numpy(table), torch.from_numpy(array))
+                for table, array in zip(self.tables, slots, strict=True)
             ),
         )
 
-    def fits(self, sequences: Sequence[SequenceState]) -> bool:
-        """Whether these sequences can be its rows."""
-        return len(sequences) == len(self.held) and all(
-            used <= width for used, width in zip(most_blocks(sequences), self.widths, strict=True)
-        )
-
-    def fill(self, sequences: Sequence[SequenceState], positions: Sequence[int]) -> BatchInput:
-        """The batch of one token of each, at these positions. Valid until the next call."""
-        for row, sequence in enumerate(sequences):
-            held = self.held[row]
-            if held is None or held[0] is not sequence or held[1] != sequence.num_blocks:
-                for table, blocks, used in zip(self.tables, sequence.tables, sequence.num_blocks, strict=True):
-                    table[row, :used] = blocks[:used]
-                self.held[row] = sequence, [*sequence.num_blocks]
-        self.token_ids[:] = [one.token_ids[position] for one, position in zip(sequences, positions, strict=True)]
-        self.positions[:] = positions
-        self.seq_lens[:] = [position + 1 for position in positions]
-        size = self.block_size
-        for group, slots in enumerate(self.slots):
-            slots[:] = [
-                int(one.tables[group][position // size]) * size + position % size
-                for one, position in zip(sequences, positions, strict=True)
-            ]
-        self.batch.max_seqlen_k = max(positions) + 1
+    def fill(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> BatchInput | None:
+        """The batch of these rows, one token each; marks their tokens as computed. None when they do not fit. Valid
+        until the next call.
+        """
+        if len(rows) != len(self.held):
+            return None
+        longest, size = 0, self.block_size
+        for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            if not self.hold(index, sequence):
+                return None
+            position = row.num_computed_tokens
+            length = sequence.num_computed_tokens = position + 1
+            self.token_ids[index] = sequence.token_ids[position]
+            self.positions[index], self.seq_lens[index] = position, length
+            block, offset = divmod(position, size)
+            for slots, table in zip(self.slots, sequence.tables, strict=True):
+                slots[index] = int(table[block]) * size + offset
+            longest = max(longest, length)
+        self.batch.max_seqlen_k = longest
         return self.batch
 
-
-def most_blocks(sequences: Sequence[SequenceState]) -> list[int]:
-    """Per cache group, the most blocks that one of them has."""
-    return [max(used) for used in zip(*(sequence.num_blocks for sequence in sequences), strict=True)]
+    def hold(self, index: int, sequence: SequenceState) -> bool:
+        """Have a row's block tables be the sequence's; False when they have no room for it."""
+        held, num_blocks = self.held[index], sequence.num_blocks
+        if held is not None and held[0] is sequence and held[1] == num_blocks:
+            return True
+        if any(used > width for used, width in zip(num_blocks, self.widths, strict=True)):
+            return False
+        for table, blocks, used in zip(self.tables, sequence.tables, num_blocks, strict=True):
+            table[index, :used] = blocks[:used]
+        self.held[index] = sequence, [*num_blocks]
+        return True

@@ -203,11 +203,12 @@ class InprocessClient(EngineClient):
             self._failed.set_result(core.failure)
 
     def _run_commands(self, *, wait: bool) -> None:
-        with self._wake:
-            if wait and not self._commands and not self._closing:
-                self._wake.wait(IDLE_CHECK_S)
-        if wait and not self._commands:
-            self._core.check_executor()
+        if wait:
+            with self._wake:
+                if not self._commands and not self._closing:
+                    self._wake.wait(IDLE_CHECK_S)
+            if not self._commands:
+                self._core.check_executor()
         while self._commands:
             self._commands.popleft()()
         if not self._streams:
