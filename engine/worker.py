@@ -143,20 +143,26 @@ class Worker:
         return self.run_parts(plan, batch, sequences) if result is None else result
 
     def run_whole(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
-        """A short step of a rank that has the whole model, in one operation as far as the head; None where it has to be
-        taken apart."""
+        """A short step of the last stage, in one operation as far as the head; None where it has to be taken apart."""
         if any(scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True)):
             return None
         started = time.perf_counter()
         stops = itertools.accumulate(row.num_tokens for row in plan.rows)
         last = [stop - 1 for stop, row in zip(stops, plan.rows, strict=True) if row.sample]
-        output = self.stage.step(batch, last, self.cache)
+        waited = started
+
+        def receive(hidden_TH: torch.Tensor) -> None:
+            nonlocal waited
+            self.mesh.pipeline.recv(hidden_TH, self.shard.pp_rank - 1)
+            waited = time.perf_counter()
+
+        output = self.stage.step(batch, last, self.cache, None if self.shard.has_embedding else receive)
         if output is None:
             return None
         forward = time.perf_counter()
         sampling = [sequence for sequence, row in zip(sequences, plan.rows, strict=True) if row.sample]
         rows = self.row_results(plan, self.chooser.of_step(output, sampling), [None] * len(plan.rows))
-        timing = RankTiming(self.mesh.rank, forward - started, 0.0, time.perf_counter() - forward)
+        timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
     @torch.inference_mode()

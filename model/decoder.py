@@ -261,20 +261,31 @@ class Stage:
         return cache.runs
 
     def whole(self, cache: KVCache) -> WholeStep | None:
-        """The whole model on this cache in one operation; None where it has to be taken apart."""
+        """All of the last stage on this cache in one operation, with the embedding where it is the first as well and
+        only looks rows up; None where it has to be taken apart.
+        """
         if cache.whole is None:
-            alone = self.shard.has_embedding and self.shard.has_head and self.embed_out is None
-            plain = alone and self.embed_scale is None and self.embed_in is None and self.positions is None
-            embedding = self.embedding.weight if plain else None
-            rotary_dims = [table.rope.rotary_dim for table in self.tables]
-            cache.whole = (
-                whole_step(self.runs(cache), embedding, self.final_norm, self.head, rotary_dims) if alone else []
-            )
+            cache.whole = []
+            if self.shard.has_head and self.embed_out is None:
+                first = self.shard.has_embedding and self.embed_in is None
+                plain = first and self.embed_scale is None and self.positions is None
+                embedding, rotary_dims = (
+                    self.embedding.weight if plain else None,
+                    [t.rope.rotary_dim for t in self.tables],
+                )
+                cache.whole = whole_step(self.runs(cache), embedding, self.final_norm, self.head, rotary_dims)
         return cache.whole[0] if cache.whole else None
 
-    def step(self, batch: BatchInput, rows: list[int], cache: KVCache) -> StepOutput | None:
-        """All of a short step on a rank that has the whole model, from token ids to the head's product with `rows` of
-        the tokens and the best token of each; None where it has to be taken apart.
+    def step(
+        self,
+        batch: BatchInput,
+        rows: list[int],
+        cache: KVCache,
+        receive: Callable[[torch.Tensor], None] | None = None,
+    ) -> StepOutput | None:
+        """All of a short step on the last stage, from token ids or hidden states to the head's product with `rows` of
+        the tokens and the best token of each; None where it has to be taken apart. receive: fills [T, H] with the
+        hidden states of the stage before, where there is one.
         """
         whole, call = self.whole(cache) if is_short(batch) else None, batch.whole
         if whole is None:
@@ -282,7 +293,9 @@ class Stage:
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             call = batch.whole = whole.prepare(batch.token_ids_T, batch.positions_T, rows, steps)
-        if not whole.embeds:
+        if receive is not None:
+            receive(call.x_TH)
+        elif not whole.embeds:
             call.x_TH.copy_(self.embed(batch))
         return call([table.up_to(batch.max_seqlen_k) for table in self.tables], self.on_layer)
 
