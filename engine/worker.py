@@ -144,7 +144,8 @@ class Worker:
 
     def run_whole(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
         """A short step of the last stage, in one operation as far as the head; None where it has to be taken apart."""
-        if any(scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True)):
+        scored = (scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True))
+        if self.stage.whole(self.cache) is None or any(scored):
             return None
         started = time.perf_counter()
         stops = itertools.accumulate(row.num_tokens for row in plan.rows)

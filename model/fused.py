@@ -111,9 +111,10 @@ def whole_step(
     """The runs, all layers of a model, with what is around them; none where that cannot be fused. embedding: None where
     there is more to it than rows of a table.
     """
-    library = native_library()
-    if library is None or not runs or not fusible(norm) or not for_c(head.weight):
+    if not runs or not fusible(norm) or not for_c(head.weight):
         return []
+    library = native_library()
+    assert library is not None, "the layers are fused"
     table = embedding if isinstance(embedding, PackedWeight) or is_table(embedding) else None
     return [WholeStep(library, runs, table, fused_norm(norm), head.weight, head.bias, rotary_dims)]
 
