@@ -57,6 +57,23 @@ def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> 
                 model.sequences[sequence_name].num_computed += count
 
 
+def test_a_whole_step_of_many_weights_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native_library() is None:
+        pytest.skip("no C compiler here")
+    stage, told, outputs = load_stage(make_model("llama", tmp_path)), list[None](), []
+    stage.on_layer = lambda: told.append(None)
+    for run_bytes, expected in ((1 << 30, 1), (1, 4)):
+        monkeypatch.setattr("shoal.model.fused.RUN_BYTES", run_bytes)
+        model = PagedModel(stage.spec, [stage], 4)
+        model.add("a", list(range(3, 33)))
+        outputs.append(stage.step(model.batch([("a", 30)]), [29, 7], model.caches[0]))
+        assert len(told) == expected
+        told.clear()
+    first, second = outputs
+    assert first is not None and second is not None and torch.equal(first.head_RV, second.head_RV)
+    assert first.best == second.best
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "mixtral"])
 def test_models_with_more_to_them_have_no_whole_steps(name: str, tmp_path: Path) -> None:
     stage = load_stage(make_model(name, tmp_path))
