@@ -16,7 +16,7 @@ from shoal.kernels.linear import linear_reference
 from shoal.kernels.native_types import INT, INT64, POINTER
 from shoal.kernels.weight import NativeWeight, PreparedWeight
 
-_PROTOTYPE = (POINTER, POINTER, INT64, INT64, INT, POINTER, POINTER, POINTER, INT64, INT64, POINTER, POINTER, INT)
+_PROTOTYPE = (POINTER, POINTER, POINTER, POINTER, INT64, POINTER, POINTER, INT)
 SLICE_PAIRS = 4096  # (token, expert) pairs of a call: bounds its scratch
 
 
@@ -37,6 +37,19 @@ def experts_reference(
     return out_TH
 
 
+class ExpertsStruct(ctypes.Structure):
+    """Mirror of Experts in kernels/native/experts.h."""
+
+    _fields_ = (
+        ("up", POINTER),
+        ("down", POINTER),
+        ("first", INT64),
+        ("count", INT64),
+        ("top_k", INT64),
+        ("kind", ctypes.c_int32),
+    )
+
+
 class NativeExperts:
     """Some experts of a layer, from number `first` on. gate_up: [2 F, H], down: [H, F] each; kind: a key of KINDS."""
 
@@ -49,10 +62,21 @@ class NativeExperts:
         kind: str,
     ) -> None:
         assert len(gate_up) == len(down) > 0 and gate_up[0].shape[0] == 2 * down[0].shape[1]
-        self.kept, self.first, self.count, self.kind = (gate_up, down), first, len(down), KINDS[kind]
-        self.up, self.down = ((NativeWeight * len(w))(*(one.native for one in w)) for w in (gate_up, down))
+        up_structs, down_structs = ((NativeWeight * len(w))(*(one.native for one in w)) for w in (gate_up, down))
+        self.kept = (gate_up, down, up_structs, down_structs)  # the struct points into them
         self.hidden, self.inner = down[0].shape
+        self.dtype, self.weight_bytes = down[0].dtype, sum(one.nbytes for one in (*gate_up, *down))
+        self.first, self.count, self.kind = first, len(down), KINDS[kind]
+        self.pointers = ctypes.addressof(up_structs), ctypes.addressof(down_structs)
         self.call = library.function("shoal_experts", _PROTOTYPE, INT)
+
+    def native(self, top_k: int) -> ExpertsStruct:
+        """The struct for tokens of top_k experts each; it lives as long as these experts."""
+        return ExpertsStruct(*self.pointers, self.first, self.count, top_k, self.kind)
+
+    def scratch_width(self, top_k: int) -> int:
+        """Elements that a token's experts work in."""
+        return top_k * (2 * self.hidden + 3 * self.inner)
 
     def __call__(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         """x: [T, H]; weights: [T, K] float32; ids: [T, K] int64, different within a row, over all experts.
@@ -62,14 +86,13 @@ class NativeExperts:
         tokens, top_k = ids_TK.shape
         x_TH, weights_TK, ids_TK = x_TH.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
         assert weights_TK.dtype == torch.float32 and ids_TK.dtype == torch.int64
-        out_TH, step = torch.empty_like(x_TH), max(1, SLICE_PAIRS // top_k)
-        scratch = x_TH.new_empty(min(tokens, step) * top_k * (2 * self.hidden + 3 * self.inner))
+        out_TH, step, native = torch.empty_like(x_TH), max(1, SLICE_PAIRS // top_k), self.native(top_k)
+        scratch = x_TH.new_empty(min(tokens, step) * self.scratch_width(top_k))
         for start in range(0, tokens, step):
             x, weights, ids, out = (t[start : start + step] for t in (x_TH, weights_TK, ids_TK, out_TH))
             status = self.call(
-                ctypes.byref(self.up), ctypes.byref(self.down), self.first, self.count, self.kind, x.data_ptr(),
-                weights.data_ptr(), ids.data_ptr(), len(x), top_k, scratch.data_ptr(), out.data_ptr(),
-                torch.get_num_threads(),
+                ctypes.byref(native), x.data_ptr(), weights.data_ptr(), ids.data_ptr(), len(x), scratch.data_ptr(),
+                out.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
             if status:
                 raise MemoryError(f"no memory to sort {len(x)} tokens by expert")

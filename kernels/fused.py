@@ -1,7 +1,7 @@
 """The two halves of a decoder layer in one call of C each: norm, projection, head norms, rotary positions, cache,
-attention, output; and norm, up, activation, down. And whole layers, where nobody has to be asked in between. What they
-compute, to the bit, is what the single operations give one after the other; what they save is a crossing from Python
-into C and a start of threads for each of them.
+attention, output; and norm, up, activation, down, or norm, router and experts. And whole layers, where nobody has to
+be asked in between. What they compute, to the bit, is what the single operations give one after the other; what they
+save is a crossing from Python into C and a start of threads for each of them.
 
 For CPUs, prepared weights (kernels/weight.py) and RMSNorm. Shapes: T tokens, H hidden size, R rotary_dim.
 """
@@ -14,11 +14,13 @@ import torch
 
 from shoal.kernels.activation import KINDS
 from shoal.kernels.build import NativeLibrary
+from shoal.kernels.experts import SLICE_PAIRS, ExpertsStruct, NativeExperts
 from shoal.kernels.native_types import FLOAT, INT, INT64, POINTER
 from shoal.kernels.weight import NativeWeight, PreparedWeight
 
 _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT)
 _FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
+_MIXTURE = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products stays in the cache
 _LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT)
 
@@ -70,12 +72,24 @@ class NativeFeedForward(ctypes.Structure):
     )
 
 
+class NativeMixture(ctypes.Structure):
+    """Mirror of Mixture there."""
+
+    _fields_ = (
+        ("norm", NativeNorm),
+        ("router", NativeWeight),
+        ("experts", ExpertsStruct),
+        ("normalize", ctypes.c_int32),
+    )
+
+
 class NativeLayer(ctypes.Structure):
     """Mirror of Layer there."""
 
     _fields_ = (
         ("mixer", POINTER),
         ("feed_forward", POINTER),
+        ("mixture", POINTER),
         ("k_cache", POINTER),
         ("v_cache", POINTER),
         ("step", INT64),
@@ -205,13 +219,53 @@ class FusedFeedForward:
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual stream. Returns [T, H], this rank's part of the sum. Raises MemoryError."""
         assert x_TH.is_contiguous()
-        scratch, out_TH = x_TH.new_empty(BLOCK_ROWS * self.scratch_width), torch.empty_like(x_TH)
+        block = max(1, min(len(x_TH), BLOCK_ROWS))
+        scratch, out_TH = x_TH.new_empty(block * self.scratch_width), torch.empty_like(x_TH)
         status = self.call(
-            self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), BLOCK_ROWS,
+            self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), block,
             torch.get_num_threads(),
         )  # fmt: skip
         if status:
             raise MemoryError(f"no memory for the counters of a feed-forward over {len(x_TH)} tokens")
+        return out_TH
+
+
+class FusedMixture:
+    """Norm, router, routing (kernels/moe_routing.py) and the experts held of one layer."""
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        norm: FusedNorm | None,
+        router: PreparedWeight,
+        experts: NativeExperts,
+        *,
+        top_k: int,
+        normalize: bool,
+    ) -> None:
+        assert router.shape[1] == experts.hidden and router.dtype == experts.dtype
+        assert 0 < top_k <= router.shape[0], (top_k, router.shape)
+        self.kept = (norm, router, experts)
+        self.block_rows = max(1, SLICE_PAIRS // top_k)
+        self.scratch_width = router.shape[1] + router.shape[0] + experts.scratch_width(top_k)
+        self.weight_bytes = router.nbytes + experts.weight_bytes
+        self.native = NativeMixture(native_norm(norm, router.dtype), router.native, experts.native(top_k), normalize)
+        self.address = ctypes.addressof(self.native)
+        self.call = library.function("shoal_fused_mixture", _MIXTURE, INT)
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """x: [T, H], the residual stream. Returns [T, H], the part of the sum of the experts held. Raises
+        MemoryError.
+        """
+        assert x_TH.is_contiguous()
+        block = max(1, min(len(x_TH), self.block_rows))
+        scratch, out_TH = x_TH.new_empty(block * self.scratch_width), torch.empty_like(x_TH)
+        status = self.call(
+            self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), block,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if status:
+            raise MemoryError(f"no memory to sort {len(x_TH)} tokens by expert")
         return out_TH
 
 
@@ -221,7 +275,7 @@ class FusedLayer(NamedTuple):
     """
 
     mixer: FusedMixer
-    feed_forward: FusedFeedForward
+    feed_forward: FusedFeedForward | FusedMixture
     keys: torch.Tensor
     values: torch.Tensor
     group: int
@@ -236,8 +290,8 @@ class FusedLayers:
         self.natives = (NativeLayer * len(layers))(
             *(
                 NativeLayer(
-                    layer.mixer.address, layer.feed_forward.address, layer.keys.data_ptr(), layer.values.data_ptr(),
-                    layer.group, -1 if layer.rotation is None else layer.rotation,
+                    layer.mixer.address, *second_half(layer.feed_forward), layer.keys.data_ptr(),
+                    layer.values.data_ptr(), layer.group, -1 if layer.rotation is None else layer.rotation,
                 )
                 for layer in layers
             )
@@ -268,6 +322,11 @@ class FusedLayers:
         if status:
             raise MemoryError(f"no memory for the scratch of attention over {len(x_TH)} tokens")
         return x_TH, out_TH
+
+
+def second_half(half: FusedFeedForward | FusedMixture) -> tuple[int | None, int | None]:
+    """Where a layer's feed-forward is, and where its mixture; one of them is None."""
+    return (None, half.address) if isinstance(half, FusedMixture) else (half.address, None)
 
 
 def native_norm(norm: FusedNorm | None, dtype: torch.dtype) -> NativeNorm:

@@ -10,11 +10,12 @@ import torch
 
 from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedNorm
+from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedMixture, FusedNorm
+from shoal.kernels.moe_routing import MOST_EXPERTS
 from shoal.kernels.weight import PackedWeight, PreparedWeight, Weight
 from shoal.kernels.whole_step import WholeStep
 from shoal.model.attention import AttentionMixer
-from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward
+from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward, MoeFeedForward
 from shoal.model.norms import NormLayer
 from shoal.parallel.embedding import VocabHead
 
@@ -75,8 +76,10 @@ def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | No
     )
 
 
-def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForward | None:
+def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForward | FusedMixture | None:
     """The feed-forward with the norm before it; None where it cannot be fused."""
+    if fusible(norm) and isinstance(ffn, MoeFeedForward):
+        return fuse_mixture(norm, ffn)
     if not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
         return None
     up = ffn.gate_up if isinstance(ffn, GatedFeedForward) else ffn.up
@@ -86,6 +89,19 @@ def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForw
     if library is None:
         return None
     return FusedFeedForward(library, fused_norm(norm), up.weight, up.bias, ffn.down.weight, kind=ffn.kind)
+
+
+def fuse_mixture(norm: NormLayer | None, ffn: MoeFeedForward) -> FusedMixture | None:
+    """Routed experts with the norm before them; None where a shared expert stands beside them."""
+    experts, router = ffn.experts.native, ffn.router
+    if experts is None or ffn.shared is not None or not for_c(router) or router.shape[0] > MOST_EXPERTS:
+        return None
+    library = native_library()
+    if library is None:
+        return None
+    return FusedMixture(
+        library, fused_norm(norm), router, experts, top_k=ffn.spec.top_k, normalize=ffn.spec.normalize_top_k
+    )
 
 
 def runs_of_layers(layers: Sequence[FusedLayer]) -> list[FusedLayers]:

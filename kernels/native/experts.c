@@ -3,19 +3,20 @@
  * Experts of a phase follow each other without a barrier: a thread that finds no more work in one goes on to the next. A token's experts are
  * summed in rising order, in float32, rounded once. Called from kernels/experts.py.
  */
+#include "experts.h"
+
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "rows.h"
 #include "vector.h"
-#include "weight.h"
 
 #ifndef _OPENMP
 #define omp_get_num_threads() 1
 #endif
 
-/* Of one call. pairs: (token, choice) as token * top_k + choice, by expert; start: where an expert's pairs begin; place: of a pair in that
+/* Of one call, in the team's numbers. pairs: (token, choice) as token * top_k + choice, by expert; start: where an expert's pairs begin; place: of a pair in that
  * order, -1 where its expert is elsewhere; next: the counters of both phases. */
 typedef struct {
     int64_t *pairs, *place, *start, *next;
@@ -58,48 +59,63 @@ INLINE void sum_experts(int type, const int64_t *ids, const float *weights, cons
     }
 }
 
-/* up, down: of the count experts from number `first` on; x, out [tokens, hidden]; weights, ids [tokens, top_k], ids different within a row;
- * scratch: tokens * top_k times (2 hidden + 3 inner) elements. kind: activation.c; gated. Returns 0, or -1 without memory. */
-int shoal_experts(const Weight *up, const Weight *down, int64_t first, int64_t count, int kind, const void *x, const float *weights,
-                  const int64_t *ids, int64_t tokens, int64_t top_k, char *scratch, void *out, int threads) {
-    const int type = up->type;
-    const int64_t size = element_size(type), hidden = up->inner, inner = down->inner, all = tokens * top_k;
-    int64_t *numbers = calloc((size_t)(2 * all + count + 2 + 2 * count), sizeof(int64_t));
-    if (!numbers) return -1;
-    const Order o = {numbers, numbers + all, numbers + 2 * all, numbers + 2 * all + count + 2};
-    sort_pairs(&o, ids, all, first, count);
-    const int64_t held = o.start[count];
-    char *rows = scratch, *wide = rows + held * hidden * size, *active = wide + held * 2 * inner * size, *y = active + held * inner * size;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+static Order order_in(int64_t *numbers, int64_t pairs, int64_t count) {
+    return (Order){numbers, numbers + pairs, numbers + 2 * pairs, numbers + 2 * pairs + count + 2};
+}
+
+int64_t experts_numbers(const Experts *e, int64_t tokens) { return 2 * tokens * e->top_k + 3 * e->count + 2; }
+
+int64_t experts_scratch(const Experts *e, int64_t tokens) {
+    return tokens * e->top_k * (2 * e->up->inner + 3 * e->down->inner);
+}
+
+void experts_team(const Experts *e, const void *x, const float *weights, const int64_t *ids, int64_t tokens, int64_t *numbers, char *scratch,
+                  void *out) {
+    const int type = e->up->type, team = omp_get_num_threads();
+    const int64_t size = element_size(type), hidden = e->up->inner, inner = e->down->inner, top_k = e->top_k;
+    const Order o = order_in(numbers, tokens * top_k, e->count);
+#pragma omp single
     {
-        const int team = omp_get_num_threads();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < held; i++)
-            memcpy(rows + i * hidden * size, (const char *)x + o.pairs[i] / top_k * hidden * size, (size_t)(hidden * size));
-        for (int64_t e = 0; e < count; e++) {
-            const int64_t from = o.start[e], n = o.start[e + 1] - from;
-            const Rows p = {rows + from * hidden * size, wide + from * 2 * inner * size, hidden, 2 * inner, n};
-            if (n) multiply(up + e, &p, o.next + e, team);
-        }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < held; i++)
-            activation_row(type, kind, 1, wide + i * 2 * inner * size, active + i * inner * size, inner);
-        for (int64_t e = 0; e < count; e++) {
-            const int64_t from = o.start[e], n = o.start[e + 1] - from;
-            const Rows p = {active + from * inner * size, y + from * hidden * size, inner, hidden, n};
-            if (n) multiply(down + e, &p, o.next + count + e, team);
-        }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            const int64_t at = t * top_k;
-            char *to = (char *)out + t * hidden * size;
-            if (type == F32) sum_experts(F32, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
-            else if (type == BF16) sum_experts(BF16, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
-            else sum_experts(F16, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
-        }
+        memset(o.next, 0, sizeof(int64_t) * (size_t)(2 * e->count));
+        sort_pairs(&o, ids, tokens * top_k, e->first, e->count);
     }
+    const int64_t held = o.start[e->count];
+    char *rows = scratch, *wide = rows + held * hidden * size, *active = wide + held * 2 * inner * size, *y = active + held * inner * size;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < held; i++)
+        memcpy(rows + i * hidden * size, (const char *)x + o.pairs[i] / top_k * hidden * size, (size_t)(hidden * size));
+    for (int64_t i = 0; i < e->count; i++) {
+        const int64_t from = o.start[i], n = o.start[i + 1] - from;
+        const Rows p = {rows + from * hidden * size, wide + from * 2 * inner * size, hidden, 2 * inner, n};
+        if (n) multiply(e->up + i, &p, o.next + i, team);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < held; i++)
+        activation_row(type, e->kind, 1, wide + i * 2 * inner * size, active + i * inner * size, inner);
+    for (int64_t i = 0; i < e->count; i++) {
+        const int64_t from = o.start[i], n = o.start[i + 1] - from;
+        const Rows p = {active + from * inner * size, y + from * hidden * size, inner, hidden, n};
+        if (n) multiply(e->down + i, &p, o.next + e->count + i, team);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = t * top_k;
+        char *to = (char *)out + t * hidden * size;
+        if (type == F32) sum_experts(F32, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
+        else if (type == BF16) sum_experts(BF16, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
+        else sum_experts(F16, ids + at, weights + at, o.place + at, top_k, y, to, hidden);
+    }
+}
+
+/* See experts_team; scratch: tokens * top_k times (2 hidden + 3 inner) elements. Returns 0, or -1 without memory. */
+int shoal_experts(const Experts *e, const void *x, const float *weights, const int64_t *ids, int64_t tokens, char *scratch, void *out,
+                  int threads) {
+    int64_t *numbers = malloc(sizeof(int64_t) * (size_t)experts_numbers(e, tokens));
+    if (!numbers) return -1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    experts_team(e, x, weights, ids, tokens, numbers, scratch, out);
     free(numbers);
     return 0;
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "fused.h"
 #include "rows.h"
 #include "vector.h"
@@ -38,6 +39,14 @@ typedef struct {
     Weight up, down;
     int32_t kind, gated; /* activation.c */
 } FeedForward;
+
+/* Routed experts in place of a feed-forward. normalize: moe_routing.c. */
+typedef struct {
+    Norm norm;
+    Weight router;
+    Experts experts;
+    int32_t normalize;
+} Mixture;
 
 /* What a step's rows are, for one cache group. */
 typedef struct Step {
@@ -123,6 +132,25 @@ static void feed_forward_team(const FeedForward *f, void *x, const void *branch,
     multiply(&f->down, &last, &next[1], team);
 }
 
+/* Elements of scratch for a token, and numbers for `rows` of them: the experts' and the routing itself. */
+INLINE int64_t mixture_width(const Mixture *m) { return m->router.inner + m->router.columns + experts_scratch(&m->experts, 1); }
+INLINE int64_t mixture_numbers(const Mixture *m, int64_t rows) { return 2 * rows * m->experts.top_k + experts_numbers(&m->experts, rows); }
+
+/* Likewise; next: a counter at 0; numbers: mixture_numbers, of any contents. */
+static void mixture_team(const Mixture *m, void *x, const void *branch, char *scratch, void *out, int64_t rows, int64_t *next, int64_t *numbers) {
+    const int type = m->router.type;
+    const int64_t size = element_size(type), hidden = m->router.inner, count = m->router.columns, top_k = m->experts.top_k;
+    char *logits = scratch + rows * hidden * size;
+    float *weights = (float *)(numbers + rows * top_k);
+    const Rows in = {normalise(&m->norm, type, x, branch, scratch, rows, hidden), logits, hidden, count, rows};
+    multiply(&m->router, &in, next, omp_get_num_threads());
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < rows; t++)
+        route_row(type, logits + t * count * size, count, top_k, m->normalize, weights + t * top_k, numbers + t * top_k);
+    experts_team(&m->experts, in.x, weights, numbers, rows, numbers + 2 * rows * top_k, logits + rows * count * size, out);
+}
+
 /* x [num_tokens, hidden], out alike, contiguous; cos_sin [num_tokens, rotary_dim] or null; caches [blocks, block_size, num_kv_heads,
  * head_dim]; scratch: num_tokens times mixer_width elements. Returns 0, or -1 without memory. */
 int shoal_fused_mixer(const Mixer *m, const Step *s, void *x, const float *cos_sin, void *k_cache, void *v_cache, char *scratch, void *out,
@@ -158,10 +186,27 @@ int shoal_fused_feed_forward(const FeedForward *f, void *x, char *scratch, void 
     return 0;
 }
 
-/* A whole layer, mirrored by kernels/fused.py. step, rotation: its entries in what shoal_fused_layers is given; rotation -1: none. */
+/* x [rows, hidden], out alike, contiguous, in blocks of `most` rows; scratch: `most` times mixture_width elements. Returns 0, or -1 without
+ * memory. */
+int shoal_fused_mixture(const Mixture *m, void *x, char *scratch, void *out, int64_t rows, int64_t most, int threads) {
+    const int64_t blocks = (rows + most - 1) / most, step = m->router.inner * element_size(m->router.type);
+    int64_t *numbers = calloc((size_t)(mixture_numbers(m, most) + blocks), sizeof *numbers), *next = numbers + mixture_numbers(m, most);
+    if (!numbers) return -1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t first = i * most, count = rows - first < most ? rows - first : most;
+        mixture_team(m, (char *)x + first * step, 0, scratch, (char *)out + first * step, count, next + i, numbers);
+    }
+    free(numbers);
+    return 0;
+}
+
+/* A whole layer, mirrored by kernels/fused.py: feed_forward or mixture is null. step, rotation: its entries in what shoal_fused_layers is
+ * given; rotation -1: none. */
 typedef struct Layer {
     const Mixer *mixer;
     const FeedForward *feed_forward;
+    const Mixture *mixture;
     void *k_cache, *v_cache;
     int64_t step, rotation;
 } Layer;
@@ -174,14 +219,17 @@ enum { COUNTERS = 5 };
 int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *const *steps, const float *const *cos_sins, void *x, void *branch,
                        int has_branch, char *scratch, int threads) {
     AttentionWork *works = calloc((size_t)num_layers, sizeof *works);
-    int64_t *next = calloc((size_t)num_layers * COUNTERS, sizeof *next), most = 0;
+    int64_t *next = calloc((size_t)num_layers * COUNTERS, sizeof *next), most = 0, most_numbers = 0;
     int status = works && next ? 0 : -1;
     for (int64_t i = 0; i < num_layers && !status; i++) {
         const Layer *l = &layers[i];
         status = begin_mixer(&works[i], l->mixer, steps[l->step], l->k_cache, l->v_cache, scratch);
         const int64_t bytes = attention_scratch_bytes(&works[i]);
-        most = bytes > most ? bytes : most;
+        const int64_t count = l->mixture ? mixture_numbers(l->mixture, steps[l->step]->num_tokens) : 0;
+        most = bytes > most ? bytes : most, most_numbers = count > most_numbers ? count : most_numbers;
     }
+    int64_t *numbers = malloc((size_t)(most_numbers + 1) * sizeof *numbers);
+    status |= numbers ? 0 : -1;
     if (!status) {
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : status)
         {
@@ -192,7 +240,8 @@ int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *cons
                 mixer_team(l->mixer, s, &works[i], x, i || has_branch ? branch : 0, l->rotation < 0 ? 0 : cos_sins[l->rotation], l->k_cache,
                            l->v_cache, scratch, attention, branch, next + i * COUNTERS);
 #pragma omp barrier
-                feed_forward_team(l->feed_forward, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3);
+                if (l->mixture) mixture_team(l->mixture, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3, numbers);
+                else feed_forward_team(l->feed_forward, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3);
 #pragma omp barrier
             }
             status |= attention ? 0 : -1;
@@ -200,6 +249,6 @@ int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *cons
         }
     }
     for (int64_t i = 0; works && i < num_layers; i++) attention_end(&works[i]);
-    free(works), free(next);
+    free(works), free(next), free(numbers);
     return status ? -1 : 0;
 }

@@ -150,3 +150,15 @@ def test_moe_routing_takes_the_lowest_expert_among_equals(normalize: bool) -> No
     torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-7)
     empty_weights, empty_ids = moe_routing(torch.empty(0, 7), 2, normalize=normalize)
     assert empty_weights.shape == empty_ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("experts", [1, 16, 33, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moe_routing_of_rows_apart_and_without_numbers(path: str, dtype: torch.dtype, experts: int) -> None:
+    logits, top_k = (torch.randn(5, experts + 3) * 4).to(dtype)[:, :experts], min(8, experts)
+    weights, ids = moe_routing(logits, top_k, normalize=True)
+    expected_weights, expected_ids = moe_routing_reference(logits, top_k, normalize=True)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=1e-7)
+    _, ids = moe_routing(torch.full((2, experts), float("nan")), top_k, normalize=True)
+    assert all(sorted(row) == sorted(set(row)) and min(row) >= 0 and max(row) < experts for row in ids.tolist())

@@ -9,9 +9,19 @@ import torch
 from shoal.kernels.activation import activation, gated_activation
 from shoal.kernels.attention import paged_attention
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedNorm, make_step
+from shoal.kernels.experts import NativeExperts
+from shoal.kernels.fused import (
+    FusedFeedForward,
+    FusedLayer,
+    FusedLayers,
+    FusedMixer,
+    FusedMixture,
+    FusedNorm,
+    make_step,
+)
 from shoal.kernels.kv_write import kv_write
 from shoal.kernels.linear import linear
+from shoal.kernels.moe_routing import moe_routing
 from shoal.kernels.rms_norm import rms_norm
 from shoal.kernels.rope import rope_
 from shoal.kernels.weight import PackedWeight
@@ -43,6 +53,13 @@ def library() -> Any:
     if found is None:
         pytest.skip("no C compiler here")
     return found
+
+
+def mixture_parts(native: Any, drawn: Drawn, hidden: int) -> tuple[PackedWeight, NativeExperts]:
+    """A router of nine experts, of which four are held."""
+    gate_up = [PackedWeight(native, drawn(2 * 19, hidden, scale=0.2)) for _ in range(4)]
+    down = [PackedWeight(native, drawn(hidden, 19, scale=0.2)) for _ in range(4)]
+    return PackedWeight(native, drawn(9, hidden)), NativeExperts(native, gate_up, down, 3, "silu")
 
 
 def step_tensors(block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -116,9 +133,24 @@ def test_feed_forward_gives_the_bits_of_its_operations(dtype, kind, gated, rows,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_mixture_gives_the_bits_of_its_operations(dtype, normalize, rows, threads):
+    native, drawn = library(), Drawn(dtype)
+    router, experts = mixture_parts(native, drawn, 45)
+    x = drawn(rows, 45)
+    for norm in (FusedNorm(drawn(45), 1e-5), None):
+        fused = FusedMixture(native, norm, router, experts, top_k=3, normalize=normalize)
+        normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
+        routing = moe_routing(linear(normed, router, deterministic=True), 3, normalize=normalize)
+        for fused.block_rows in (1365, 10, 1):
+            assert torch.equal(fused(x), experts(normed, *routing))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_layers_give_the_bits_of_their_halves(dtype, with_branch, threads):
-    """Three layers of two cache groups, one of them without positions."""
+    """Three layers of two cache groups, one of them without positions, one with experts."""
     native, drawn = library(), Drawn(dtype)
     hidden, inner, q_heads, kv_heads, dim, rotary, block_size = 48, 77, 4, 2, 16, 8, 4
     table, cu, lengths, slots, num_blocks = step_tensors(block_size)
@@ -134,7 +166,10 @@ def test_layers_give_the_bits_of_their_halves(dtype, with_branch, threads):
             q_to_kv=torch.tensor([0, 0, 1, 1], dtype=torch.int32),
         )  # fmt: skip
         up, down = PackedWeight(native, drawn(2 * inner, hidden)), PackedWeight(native, drawn(hidden, inner, scale=0.1))
-        feed_forward = FusedFeedForward(native, FusedNorm(drawn(hidden), 1e-5), up, None, down, kind="silu")
+        norm = FusedNorm(drawn(hidden), 1e-5)
+        feed_forward: FusedFeedForward | FusedMixture = FusedFeedForward(native, norm, up, None, down, kind="silu")
+        if group == 1:
+            feed_forward = FusedMixture(native, norm, *mixture_parts(native, drawn, hidden), top_k=2, normalize=True)
         caches = [drawn(num_blocks, block_size, kv_heads, dim) for _ in range(2)]
         layers.append(FusedLayer(mixer, feed_forward, *caches, group, rotation))
     x, branch = drawn(len(slots), hidden), drawn(len(slots), hidden) if with_branch else None

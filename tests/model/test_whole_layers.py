@@ -35,7 +35,7 @@ def test_whole_layers_give_the_bits_of_single_ones(tmp_path: Path, monkeypatch: 
     assert calls == [20, 1, 9], "neither limit let any step through"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "llama_dynamic", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_dynamic", "mistral", "qwen2", "qwen3", "phi3", "mixtral"])
 def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> None:
     if native_library() is None:
         pytest.skip("no C compiler here")
@@ -74,7 +74,7 @@ def test_a_whole_step_of_many_weights_shows_signs_of_life(tmp_path: Path, monkey
     assert first.best == second.best
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "qwen2_moe"])
 def test_models_with_more_to_them_have_no_whole_steps(name: str, tmp_path: Path) -> None:
     stage = load_stage(make_model(name, tmp_path))
     model = PagedModel(stage.spec, [stage], 4)

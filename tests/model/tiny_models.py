@@ -99,7 +99,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "gemma2": lambda: transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=20.0, final_logit_softcapping=15.0),
     "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA, sliding_window_pattern=3),
     "olmo2": lambda: transformers.Olmo2Config(**SIZES),
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, head_dim=12, num_local_experts=5, num_experts_per_tok=2),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, head_dim=12, num_local_experts=9, num_experts_per_tok=2),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **MOE, shared_expert_intermediate_size=40, mlp_only_layers=[1], norm_topk_prob=False
     ),
