@@ -8,7 +8,8 @@ is absent. Shapes: T tokens, H query heads, K key/value heads, D head_dim, R row
 Nothing beyond a row's keys or before every query's window is read: those blocks may be free, or another request's.
 
 The C kernel (kernels/native/attention.c) computes every (query, head) in an order that the query's position alone
-decides. In torch that takes elementwise products instead of matrix products, so only `deterministic` asks for it.
+decides, and finds by itself which rows of one query begin in the same blocks. In torch that order takes elementwise
+products instead of matrix products, so only `deterministic` asks for it.
 """
 
 import functools

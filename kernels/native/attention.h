@@ -13,15 +13,22 @@ typedef struct {
     float scale, softcap;
 } Attention;
 
-/* runs: row and first query of `run` queries; heads: by key/value head; most: query heads of one key/value head. */
+/* Some queries with the query heads of the key/value heads [kv, kv + kvs): `queries` of one row from number `first` of the batch on, or one
+ * each of `rows` rows from `row` on, whose first `tiles` tiles of keys are the same. */
+typedef struct {
+    int32_t row, rows, first, queries, tiles, kv, kvs;
+} AttentionItem;
+
+/* heads: by key/value head; pairs: the most (query, head) pairs of an item. */
 typedef struct {
     Attention a;
-    int32_t *heads, (*runs)[2];
-    int64_t num_runs, run, most;
+    int32_t *heads;
+    AttentionItem *items;
+    int64_t num_items, pairs;
     int type;
 } AttentionWork;
 
-int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_t *q_to_kv, int64_t num_rows);
+int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_t *q_to_kv, int64_t num_rows, int threads);
 /* Bytes a thread works in. */
 int64_t attention_scratch_bytes(const AttentionWork *w);
 /* What a thread works in, to be given to free; null without memory. */

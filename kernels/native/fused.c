@@ -87,7 +87,8 @@ INLINE int64_t mixer_width(const Mixer *m) {
 INLINE int64_t feed_forward_width(const FeedForward *f) { return f->up.inner + f->up.columns + f->down.inner; }
 
 /* Where attention finds what the mixer leaves in scratch. Returns 0, or -1 without memory. */
-static int begin_mixer(AttentionWork *work, const Mixer *m, const Step *s, const void *k_cache, const void *v_cache, char *scratch) {
+static int begin_mixer(AttentionWork *work, const Mixer *m, const Step *s, const void *k_cache, const void *v_cache, char *scratch,
+                       int threads) {
     const int64_t size = element_size(m->qkv.type), width = (m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
     char *qkv = scratch + s->num_tokens * m->qkv.inner * size;
     const Attention a = {.q = qkv, .k_cache = k_cache, .v_cache = v_cache, .out = qkv + s->num_tokens * width * size,
@@ -95,7 +96,7 @@ static int begin_mixer(AttentionWork *work, const Mixer *m, const Step *s, const
                          .sinks = m->sinks, .q_stride = width, .table_stride = s->table_stride, .num_heads = m->num_heads,
                          .num_kv_heads = m->num_kv_heads, .head_dim = m->head_dim, .block_size = s->block_size,
                          .window = m->window, .scale = m->scale, .softcap = m->softcap};
-    return attention_begin(work, &a, m->qkv.type, m->q_to_kv, s->num_rows);
+    return attention_begin(work, &a, m->qkv.type, m->q_to_kv, s->num_rows, threads);
 }
 
 /* Called by every thread of a team: out = the mixer of the norm of x (+ branch, which x then has; branch may be out). next: 3 counters at
@@ -157,7 +158,7 @@ int shoal_fused_mixer(const Mixer *m, const Step *s, void *x, const float *cos_s
                       int threads) {
     AttentionWork work;
     int64_t next[3] = {0};
-    int status = begin_mixer(&work, m, s, k_cache, v_cache, scratch);
+    int status = begin_mixer(&work, m, s, k_cache, v_cache, scratch, threads);
     if (!status) {
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : status)
         {
@@ -223,7 +224,7 @@ int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *cons
     int status = works && next ? 0 : -1;
     for (int64_t i = 0; i < num_layers && !status; i++) {
         const Layer *l = &layers[i];
-        status = begin_mixer(&works[i], l->mixer, steps[l->step], l->k_cache, l->v_cache, scratch);
+        status = begin_mixer(&works[i], l->mixer, steps[l->step], l->k_cache, l->v_cache, scratch, threads);
         const int64_t bytes = attention_scratch_bytes(&works[i]);
         const int64_t count = l->mixture ? mixture_numbers(l->mixture, steps[l->step]->num_tokens) : 0;
         most = bytes > most ? bytes : most, most_numbers = count > most_numbers ? count : most_numbers;

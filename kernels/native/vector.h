@@ -62,7 +62,13 @@ INLINE vf splat(float x) {
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vu choose_bits(vi mask, vu a, vu b) { return ((vu)mask & a) | (~(vu)mask & b); }
 
-INLINE vf max_lanes(vf a, vf b) { return choose(a > b, a, b); }
+INLINE vf max_lanes(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* a b + c, fused wherever the processor can. Spelled out where several copies of a loop must agree to the bit: some compilers' tuning fuses
  * in one and not in the next. */
@@ -116,6 +122,18 @@ INLINE vh float_to_brain(vf x) {
     return __builtin_convertvector(choose_bits((vi)(x != x), nan, rounded), vh);
 }
 
+/* Neighbouring lanes of a, then of b, rounded to pairs of bfloat16: the even ones in the lower halves. */
+INLINE vu pair_lanes(vf a, vf b) {
+#if defined(__AVX512BF16__)
+    return (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    vh halves[2] = {float_to_brain(a), float_to_brain(b)};
+    vu pairs;
+    memcpy(&pairs, halves, sizeof pairs);
+    return pairs;
+#endif
+}
+
 /* LANES elements at p, which need not be aligned. */
 INLINE vf load(const void *p, int type) {
     if (type == F32) return *(const vf_unaligned *)p;
@@ -130,9 +148,16 @@ INLINE void store(void *p, int type, vf x) {
 
 /* The first n < LANES elements at p, zeros after them; nothing beyond is read. */
 INLINE vf load_part(const void *p, int type, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 there = (__mmask16)((1u << n) - 1);
+    if (type == F32) return (vf)_mm512_maskz_loadu_ps(there, p);
+    vh h = (vh)_mm256_maskz_loadu_epi16(there, p);
+    return type == BF16 ? brain_to_float(h) : half_to_float(h);
+#else
     char buffer[4 * LANES] __attribute__((aligned(64))) = {0};
     memcpy(buffer, p, (size_t)(n * element_size(type)));
     return load(buffer, type);
+#endif
 }
 
 INLINE void store_part(void *p, int type, vf x, int64_t n) {
@@ -184,6 +209,27 @@ INLINE vf exp_lanes(vf x) {
     vf result = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
     result = choose(x < splat(-87.3f), splat(0.0f), result);
     return choose(x > splat(88.72f), splat(INFINITY), result);
+}
+
+/* 2^x of x up to 127 within 1 unit in the last place; numbers below the least normal one may be 0. Minimax polynomial on [-1/2, 1/2]. */
+INLINE vf exp2_lanes(vf x) {
+    x = max_lanes(splat(-150.0f), x);
+#if defined(__AVX512F__)
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    vf shifted = x + splat(12582912.0f), n = shifted - splat(12582912.0f);
+#endif
+    vf r = x - n, p = multiply_add(splat(1.535336196e-4f), r, splat(1.339887502e-3f));
+    p = multiply_add(p, r, splat(9.618436918e-3f));
+    p = multiply_add(p, r, splat(5.550332367e-2f));
+    p = multiply_add(p, r, splat(2.402264774e-1f));
+    p = multiply_add(p, r, splat(6.931471825e-1f));
+    p = multiply_add(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return choose(x < splat(-126.0f), splat(0.0f), p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23));
+#endif
 }
 
 /* tanh x: a polynomial (Cephes' tanhf) up to 0.625, the exponential beyond. */

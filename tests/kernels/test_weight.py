@@ -1,44 +1,18 @@
 """Prepared weights: products as accurate as torch's whose rows do not depend on each other, rows given back exactly."""
 
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from shoal.kernels.build import SOURCES, NativeBuild, NativeLibrary, find_compiler, native_library
+from shoal.kernels.build import NativeLibrary, native_library
 from shoal.kernels.linear import linear, linear_reference
 from shoal.kernels.weight import PackedWeight, embedding_rows
+from tests.kernels.variants import VARIANTS, compile_sources, compile_variant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8), (17, 9), (16, 64), (333, 70), (1031, 33), (2500, 40), (512, 513)]  # inner, columns
-VARIANTS = {  # compiled for other processors; the pairs of AVX512-BF16 are emulated where they are missing
-    "avx2": ["-march=haswell"],
-    "pairs": ["-march=native", "-DSHOAL_EMULATE_BF16_PAIRS"],
-    "plain": [],
-}
-
-
-def compile_variant(flags: list[str], folder: Path) -> NativeLibrary:
-    """The product kernels compiled with other flags."""
-    path = folder / "variant.so"
-    sources = [str(SOURCES / name) for name in ("packed.c", "quantized.c", "weight.c")]
-    command = [
-        *find_compiler(),
-        "-std=gnu11",
-        "-O2",
-        "-fPIC",
-        "-fopenmp",
-        *flags,
-        "-shared",
-        "-o",
-        str(path),
-        *sources,
-        "-lm",
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return NativeLibrary(NativeBuild(path, "variant"))
+SOURCE_NAMES = ("packed.c", "quantized.c", "weight.c")
 
 
 @pytest.fixture(scope="module", params=["native", *VARIANTS])
@@ -49,11 +23,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no C compiler here")
     if request.param == "native":
         return found
-    if request.param != "plain" and os.uname().machine != "x86_64":
-        pytest.skip("a variant of x86-64")
-    if request.param == "avx2" and " avx2 " not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
-    return compile_variant(VARIANTS[request.param], tmp_path_factory.mktemp("variant"))
+    return compile_variant(request.param, SOURCE_NAMES, tmp_path_factory.mktemp("variant"))
 
 
 def tensors(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -140,4 +110,4 @@ def test_avx512_bf16_compiles(tmp_path):
     """That processor is not at hand everywhere: its arithmetic is tested as the variant `pairs`."""
     if native_library() is None or os.uname().machine != "x86_64":
         pytest.skip("needs a C compiler for x86-64")
-    compile_variant(["-march=cooperlake"], tmp_path)
+    compile_sources(["-march=cooperlake"], SOURCE_NAMES, tmp_path)
