@@ -163,3 +163,11 @@ def test_package_resolves_to_the_rooms_from_the_root_and_when_installed(tmp_path
 def test_version_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == VERSION
+
+
+def test_importing_shoal_shortens_active_waits_unless_somebody_chose_them() -> None:
+    show = "import os, shoal; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run_python(f"import os; os.environ.pop('GOMP_SPINCOUNT', None); {show}") == "10000"
+    assert run_python(f"import os; os.environ['GOMP_SPINCOUNT'] = '77'; {show}") == "77"
+    hides = "import os; os.environ.pop('GOMP_SPINCOUNT', None); os.environ['OMP_WAIT_POLICY'] = 'active'"
+    assert run_python(f"{hides}; {show}") == "None"
