@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.configs.version import VERSION as __version__
 
-# OpenMP's threads wait actively for 7 ms where they meet, and keep the one they wait for from a core when others use the
-# cores as well: a step then takes ten times as long. 10,000 turns are 0.2 ms. Read when torch is loaded.
+# OpenMP's threads wait actively for 7 ms where they meet, and keep the one they wait for from a core when others use
+# the cores as well: a step then takes ten times as long. 10,000 turns are 0.2 ms. Read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
