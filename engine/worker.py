@@ -21,6 +21,7 @@ from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, Step
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
 from shoal.engine.sequence_state import SequenceState
 from shoal.kernels.build import native_library
+from shoal.kernels.huge_pages import touch_ahead
 from shoal.model.batch import BatchInput
 from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
@@ -38,6 +39,7 @@ from shoal.model.spec import DecoderSpec
 from shoal.parallel.mesh import Mesh
 
 NOT_FINITE = "no token can be chosen: the logits are not finite, or every token is masked"
+TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
@@ -131,6 +133,9 @@ class Worker:
         dtype = torch.float8_e4m3fn if self.config.cache.dtype == "fp8" else self.dtype
         block_size = self.config.cache.block_size
         self.cache = KVCache(self.spec, self.shard, num_blocks, block_size, dtype, self.device, self.kv_scales)
+        if self.device.type == "cpu":
+            layers = self.cache.layers.values()
+            touch_ahead([tensor for layer in layers for tensor in (layer.keys, layer.values)], TOUCHED_BYTES)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""

@@ -1,9 +1,11 @@
-"""Memory in huge pages is memory as any other."""
+"""Memory in huge pages is memory as any other, and stays as it is when it is touched ahead."""
+
+import threading
 
 import pytest
 import torch
 
-from shoal.kernels.huge_pages import PAGE, empty_in_huge_pages
+from shoal.kernels.huge_pages import PAGE, empty_in_huge_pages, touch_ahead
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
@@ -15,3 +17,15 @@ def test_tensors_hold_what_is_put_in(dtype: torch.dtype, shape: tuple[int, ...])
     values = torch.arange(made.numel()).remainder(13).view(shape).to(dtype)
     made.copy_(values)
     assert torch.equal(made.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_touching_ahead_changes_nothing_and_ends() -> None:
+    tensors = [empty_in_huge_pages((3 * PAGE + 5,), torch.uint8).fill_(value) for value in (7, 9)]
+    small = [torch.full((100,), 3, dtype=torch.uint8)]
+    for given, most in ((tensors, 4 * PAGE), (tensors, 100 * PAGE), (tensors, 0), (small, PAGE), ([], PAGE)):
+        touch_ahead(given, most)
+    for thread in threading.enumerate():
+        if thread.name == "shoal-touch-ahead":
+            thread.join(10)
+            assert not thread.is_alive()
+    assert all((tensor == value).all() for tensor, value in zip(tensors, (7, 9), strict=True)) and (small[0] == 3).all()
