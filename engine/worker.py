@@ -7,9 +7,12 @@ tp_rank.
 """
 
 import itertools
+import math
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +42,7 @@ from shoal.model.spec import DecoderSpec
 from shoal.parallel.mesh import Mesh
 
 NOT_FINITE = "no token can be chosen: the logits are not finite, or every token is masked"
+IDLE_S = 0.5  # after a step nothing is under way
 TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
@@ -62,6 +66,7 @@ class Worker:
         if device.type == "cuda":
             use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
+        self.ran_at = time.monotonic()  # when the last step ended; infinity within one
         self.state = self.new_state()
         self.sampled: OrderedDict[tuple[int, int], int] = OrderedDict()
 
@@ -135,10 +140,18 @@ class Worker:
         self.cache = KVCache(self.spec, self.shard, num_blocks, block_size, dtype, self.device, self.kv_scales)
         if self.device.type == "cpu":
             layers = self.cache.layers.values()
-            touch_ahead([tensor for layer in layers for tensor in (layer.keys, layer.values)], TOUCHED_BYTES)
+            tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+            touch_ahead(tensors, TOUCHED_BYTES, partial(is_idle, weakref.ref(self)))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""
+        self.ran_at = math.inf
+        try:
+            return self._run(plan)
+        finally:
+            self.ran_at = time.monotonic()
+
+    def _run(self, plan: StepPlan) -> StepResult | None:
         self.state.apply(plan, self.resolve_refs(plan))
         if not plan.rows:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
@@ -266,6 +279,14 @@ class Worker:
         """Give back the mesh and the memory."""
         self.mesh.close()
         self.cache = self.stage = self.chooser = None  # type: ignore[assignment]
+
+
+def is_idle(worker: "weakref.ref[Worker]") -> bool | None:
+    """Whether the worker has run nothing for a while; None once it has no cache any more."""
+    found = worker()
+    if found is None or getattr(found, "cache", None) is None:
+        return None
+    return time.monotonic() - found.ran_at > IDLE_S
 
 
 def use_gpu(device: torch.device) -> None:

@@ -9,12 +9,14 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 PAGE = 1 << 21
-PAUSE_S = 0.02  # between pages that are touched ahead: one takes a virtual machine up to 5 ms, in which a step may wait
+PAUSE_S = (
+    0.005  # between pages that are touched ahead: one takes a virtual machine up to 5 ms, in which a step may wait
+)
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 
 
@@ -29,24 +31,29 @@ def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.
     return memory[start : start + size].view(dtype).view(shape)
 
 
-def touch_ahead(tensors: Sequence[torch.Tensor], most_bytes: int) -> None:
+def touch_ahead(tensors: Sequence[torch.Tensor], most_bytes: int, idle: Callable[[], bool | None]) -> None:
     """Have a thread make the system give out the first most_bytes of all tensors together, page by page, each tensor
-    from its beginning, so that steps which first write there need not wait for it. Contents stay. tensors: as
-    empty_in_huge_pages made them; what the smallest does not have is not touched in others either. The thread ends by
-    itself, at once where the system does not know this (Linux before 5.14).
+    from its beginning, so that steps which first write there need not wait for it. Contents stay.
+
+    tensors: as empty_in_huge_pages made them; what the smallest does not have is not touched in others either. idle:
+    whether it may go on; None ends it. The tensors are not kept for it: it must be told None once they are gone.
     """
     if not tensors or sys.platform != "linux":
         return
     pages = min(most_bytes // len(tensors), *(tensor.nbytes for tensor in tensors)) // PAGE
+    addresses = [tensor.data_ptr() + page * PAGE for page in range(pages) for tensor in tensors]
 
     def touch() -> None:
-        for page in range(pages):
-            for tensor in tensors:
-                time.sleep(PAUSE_S)
-                if _advise(tensor.data_ptr() + page * PAGE, PAGE, _MADV_POPULATE_WRITE):
+        for address in addresses:
+            while not (may := idle()):
+                if may is None:
                     return
+                time.sleep(20 * PAUSE_S)
+            if _advise(address, PAGE, _MADV_POPULATE_WRITE):  # Linux before 5.14, or no longer there
+                return
+            time.sleep(PAUSE_S)
 
-    if pages:
+    if addresses:
         threading.Thread(target=touch, name="shoal-touch-ahead", daemon=True).start()
 
 

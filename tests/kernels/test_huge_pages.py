@@ -19,13 +19,26 @@ def test_tensors_hold_what_is_put_in(dtype: torch.dtype, shape: tuple[int, ...])
     assert torch.equal(made.view(torch.uint8), values.view(torch.uint8))
 
 
-def test_touching_ahead_changes_nothing_and_ends() -> None:
+def test_touching_ahead_changes_nothing_waits_for_idle_times_and_ends() -> None:
     tensors = [empty_in_huge_pages((3 * PAGE + 5,), torch.uint8).fill_(value) for value in (7, 9)]
     small = [torch.full((100,), 3, dtype=torch.uint8)]
-    for given, most in ((tensors, 4 * PAGE), (tensors, 100 * PAGE), (tensors, 0), (small, PAGE), ([], PAGE)):
-        touch_ahead(given, most)
+    told: list[bool] = []
+
+    def idle() -> bool:
+        told.append(len(told) % 2 == 1)  # busy each time it is first asked
+        return told[-1]
+
+    for given, most in ((tensors, 4 * PAGE), (tensors, 0), (small, PAGE), ([], PAGE)):
+        touch_ahead(given, most, idle)
+        join()
+    assert told == [False, True] * 4
+    touch_ahead(tensors, 100 * PAGE, lambda: None)
+    join()
+    assert all((tensor == value).all() for tensor, value in zip(tensors, (7, 9), strict=True)) and (small[0] == 3).all()
+
+
+def join() -> None:
     for thread in threading.enumerate():
         if thread.name == "shoal-touch-ahead":
             thread.join(10)
             assert not thread.is_alive()
-    assert all((tensor == value).all() for tensor, value in zip(tensors, (7, 9), strict=True)) and (small[0] == 3).all()
