@@ -343,6 +343,7 @@ def main() -> int:
     """Make or find the model, compare."""
     args = parse_args()
     torch.set_num_threads(args.threads)
+    os.environ.pop("GOMP_SPINCOUNT", None)  # importing shoal set it; its engine does so again, the peers have their own
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         if args.shape:
             compare(args, make_model(args.shape, Path(folder), args.dtype))
