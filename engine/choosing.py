@@ -61,7 +61,7 @@ class TokenChooser:
         return self.choose(self.stage.head_shard(hidden_RH), sequences)
 
     def of_step(self, output: StepOutput, sequences: Sequence[SequenceState]) -> list[Choice]:
-        """A choice per row of what Stage.step gave."""
+        """A choice per row of what Stage.step gave, on the group's rank 0."""
         if self.stage.spec.final_softcap is None and all(map(takes_best, sequences)):
             return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
         return self.choose(output.head_RV, sequences)

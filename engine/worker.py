@@ -157,14 +157,12 @@ class Worker:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
         batch = self.state.build(plan)
         sequences = [self.state.sequences[row.request_id] for row in plan.rows]
-        result = self.run_whole(plan, batch, sequences)
-        return self.run_parts(plan, batch, sequences) if result is None else result
+        scored = (scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True))
+        whole = self.stage.whole(batch, self.cache) is not None and not any(scored)
+        return (self.run_whole if whole else self.run_parts)(plan, batch, sequences)
 
     def run_whole(self, plan: StepPlan, batch: BatchInput, sequences: list[SequenceState]) -> StepResult | None:
-        """A short step of the last stage, in one operation as far as the head; None where it has to be taken apart."""
-        scored = (scored_positions(row, sequence) for row, sequence in zip(plan.rows, sequences, strict=True))
-        if self.stage.whole(self.cache) is None or any(scored):
-            return None
+        """A short step, in one operation as far as the head."""
         started = time.perf_counter()
         stops = itertools.accumulate(row.num_tokens for row in plan.rows)
         last = [stop - 1 for stop, row in zip(stops, plan.rows, strict=True) if row.sample]
@@ -175,12 +173,16 @@ class Worker:
             self.mesh.pipeline.recv(hidden_TH, self.shard.pp_rank - 1)
             waited = time.perf_counter()
 
-        output = self.stage.step(batch, last, self.cache, None if self.shard.has_embedding else receive)
-        if output is None:
+        output, hidden_TH = self.stage.step(batch, last, self.cache, None if self.shard.has_embedding else receive)
+        if not self.shard.has_head:
+            self.mesh.pipeline.send(hidden_TH, self.shard.pp_rank + 1)
             return None
         forward = time.perf_counter()
         sampling = [sequence for sequence, row in zip(sequences, plan.rows, strict=True) if row.sample]
-        rows = self.row_results(plan, self.chooser.of_step(output, sampling), [None] * len(plan.rows))
+        choices = self.chooser.of_step(output, sampling)
+        if not self.samples:
+            return None
+        rows = self.row_results(plan, choices, [None] * len(plan.rows))
         timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 

@@ -15,6 +15,7 @@ import torch
 from shoal.kernels.activation import KINDS
 from shoal.kernels.build import NativeLibrary
 from shoal.kernels.experts import SLICE_PAIRS, ExpertsStruct, NativeExperts
+from shoal.kernels.native_ranks import NativeGroup, native_ranks
 from shoal.kernels.native_types import FLOAT, INT, INT64, POINTER
 from shoal.kernels.weight import NativeWeight, PreparedWeight
 
@@ -22,7 +23,7 @@ _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER
 _FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 _MIXTURE = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products stays in the cache
-_LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT)
+_LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT)
 
 
 class FusedNorm(NamedTuple):
@@ -283,10 +284,12 @@ class FusedLayer(NamedTuple):
 
 
 class FusedLayers:
-    """Consecutive layers x + mixer(norm(x)), x + feed_forward(norm(x)) of one rank alone."""
+    """Consecutive layers x + mixer(norm(x)), x + feed_forward(norm(x)). group: the tensor ranks that hold a part of
+    every layer each; None: one rank alone.
+    """
 
-    def __init__(self, library: NativeLibrary, layers: Sequence[FusedLayer]) -> None:
-        self.kept = tuple(layers)  # the structs point into them
+    def __init__(self, library: NativeLibrary, layers: Sequence[FusedLayer], group: NativeGroup | None = None) -> None:
+        self.kept, self.group = tuple(layers), group  # the structs point into them
         self.natives = (NativeLayer * len(layers))(
             *(
                 NativeLayer(
@@ -307,21 +310,33 @@ class FusedLayers:
         steps: Sequence[NativeStep],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layers of x + branch (None: of x alone): (x, branch), both [T, H], whose sum is the residual stream. What
-        is given is overwritten. cos_sins: [T, R] float32 each, by rotation; steps: by group. Raises MemoryError.
+        is given is overwritten. cos_sins: [T, R] float32 each, by rotation; steps: by cache group. Collective over the
+        group. Raises MemoryError and what the group's check raises.
         """
         out_TH = torch.empty_like(x_TH) if branch_TH is None else branch_TH
         assert x_TH.is_contiguous() and out_TH.is_contiguous()
         scratch = x_TH.new_empty(len(x_TH) * self.scratch_width)
         step_pointers = (POINTER * len(steps))(*map(ctypes.addressof, steps))
         tables = (POINTER * len(cos_sins))(*(table.data_ptr() for table in cos_sins))
+        header = bytearray() if self.group is None else self.group.sum_header(x_TH.dtype, x_TH.shape)
+        ranks = None if self.group is None else native_ranks(self.group, header)
         status = self.call(
             ctypes.addressof(self.natives), len(self.natives),
             ctypes.addressof(step_pointers), ctypes.addressof(tables),
-            x_TH.data_ptr(), out_TH.data_ptr(), branch_TH is not None, scratch.data_ptr(), torch.get_num_threads(),
+            x_TH.data_ptr(), out_TH.data_ptr(), branch_TH is not None,
+            None if ranks is None else ctypes.addressof(ranks), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        if status:
-            raise MemoryError(f"no memory for the scratch of attention over {len(x_TH)} tokens")
+        check_layers(status, len(x_TH), self.group)
         return x_TH, out_TH
+
+
+def check_layers(status: int, num_tokens: int, group: NativeGroup | None) -> None:
+    """Raise what the status of whole layers stands for, if it is not 0."""
+    if status < 0:
+        raise MemoryError(f"no memory for the scratch of attention over {num_tokens} tokens")
+    if status:
+        assert group is not None, "a rank alone waits for nobody"
+        group.check(status)
 
 
 def second_half(half: FusedFeedForward | FusedMixture) -> tuple[int | None, int | None]:

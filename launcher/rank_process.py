@@ -102,13 +102,13 @@ class _Rank:
     def heartbeat(self) -> Heartbeat:
         """What to tell the engine now."""
         now, at = time.monotonic(), self._activity
-        waiting, for_s = at.waiting, now - at.since
+        (count, waiting), for_s = at.look(), now - at.since
         return Heartbeat(
             rank=self._bootstrap.rank,
             doing=at.doing,
             for_s=for_s,
             step=self._in_step,
-            count=at.count,
+            count=count,
             waits="" if waiting is None else waiting.what,
             waits_s=0.0 if waiting is None else now - waiting.since,
             stack=main_stack() if for_s > STACK_AFTER_S and self._in_step else "",

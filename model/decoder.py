@@ -3,7 +3,7 @@
     hidden = stage.embed(batch)                        # first stage
     hidden = stage.forward(batch, hidden, cache)       # every stage; hidden [num_tokens, hidden_size] travels
     logits = stage.logits(hidden[rows])                # last stage; or head_shard, of which rows can be gathered
-    output = stage.step(batch, rows, cache)            # all of it at once, where it can be: best tokens, head_shard
+    output = stage.step(batch, rows, cache)            # all of it at once, where it can be (stage.whole)
 
 Under tensor parallelism every rank of the group calls the same methods in the same order. Collectives: one all-reduce
 for the embedding, two per layer (one where both branches read the same input), a gather for logits that must be whole.
@@ -15,13 +15,22 @@ from typing import Any
 
 import torch
 
+from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
 from shoal.kernels.whole_step import StepOutput, WholeStep
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
 from shoal.model.feed_forward import make_feed_forward, scoped
-from shoal.model.fused import FEW_KEYS, FEW_TOKENS, fuse_feed_forward, fuse_mixer, runs_of_layers, whole_step
+from shoal.model.fused import (
+    FEW_KEYS,
+    FEW_TOKENS,
+    fuse_feed_forward,
+    fuse_mixer,
+    runs_of_layers,
+    step_embedding,
+    step_head,
+)
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -60,7 +69,7 @@ class DecoderLayer:
         more = (self.post_mixer, self.post_ffn, self.mixer.out_bias, self.ffn.out_bias)
         if self.fused_mixer is None or self.fused_ffn is None or any(part is not None for part in more):
             return None
-        if self.residual != "sequential" or self.group.size > 1 or cache.scales is not None:
+        if self.residual != "sequential" or cache.scales is not None:
             return None
         return FusedLayer(self.fused_mixer, self.fused_ffn, cache.keys, cache.values, cache.group, rotation)
 
@@ -181,7 +190,7 @@ class Stage:
         max_model_len: int | None = None,
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
-        self.spec, self.shard = spec, shard
+        self.spec, self.shard, self.tensor = spec, shard, tensor
         self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
@@ -257,24 +266,30 @@ class Stage:
         if cache.runs is None:
             layers = [layer.fused(cache.layers[index], self.rotations[index]) for index, layer in self.layers.items()]
             whole = [layer for layer in layers if layer is not None]
-            cache.runs = runs_of_layers(whole) if whole and len(whole) == len(layers) else []
+            alone, native = self.tensor.size == 1, self.tensor.native()
+            fit = whole and len(whole) == len(layers) and (alone or native is not None)
+            cache.runs = runs_of_layers(whole, native) if fit else []
         return cache.runs
 
-    def whole(self, cache: KVCache) -> WholeStep | None:
-        """All of the last stage on this cache in one operation, with the embedding where it is the first as well and
-        only looks rows up; None where it has to be taken apart.
-        """
+    def whole(self, batch: BatchInput, cache: KVCache) -> WholeStep | None:
+        """All of a short step in one operation, as far as this stage has it; None where it has to be taken apart."""
+        if not is_short(batch):
+            return None
         if cache.whole is None:
-            cache.whole = []
-            if self.shard.has_head and self.embed_out is None:
-                first = self.shard.has_embedding and self.embed_in is None
-                plain = first and self.embed_scale is None and self.positions is None
-                embedding, rotary_dims = (
-                    self.embedding.weight if plain else None,
-                    [t.rope.rotary_dim for t in self.tables],
-                )
-                cache.whole = whole_step(self.runs(cache), embedding, self.final_norm, self.head, rotary_dims)
+            cache.whole = self.make_whole(cache)
         return cache.whole[0] if cache.whole else None
+
+    def make_whole(self, cache: KVCache) -> list[WholeStep]:
+        """See whole: at most one."""
+        runs, library, shard = self.runs(cache), native_library(), self.shard
+        head = step_head(self.final_norm, self.head) if shard.has_head and self.embed_out is None else None
+        if not runs or library is None or (shard.has_head and head is None):
+            return []
+        plain = shard.has_embedding and self.embed_in is None and self.embed_scale is None and self.positions is None
+        embedding = step_embedding(self.embedding) if plain else None
+        rotary_dims = [table.rope.rotary_dim for table in self.tables]
+        hidden, group = self.spec.hidden_size, self.tensor.native()
+        return [WholeStep(library, runs, embedding, head, rotary_dims, self.dtype, hidden, group)]
 
     def step(
         self,
@@ -282,14 +297,13 @@ class Stage:
         rows: list[int],
         cache: KVCache,
         receive: Callable[[torch.Tensor], None] | None = None,
-    ) -> StepOutput | None:
-        """All of a short step on the last stage, from token ids or hidden states to the head's product with `rows` of
-        the tokens and the best token of each; None where it has to be taken apart. receive: fills [T, H] with the
-        hidden states of the stage before, where there is one.
+    ) -> tuple[StepOutput, torch.Tensor]:
+        """All of a step for which `whole` is not None, from token ids or hidden states to the head's product with
+        `rows` of the tokens and the best token of each, or to hidden states [T, H] on a stage without a head. receive:
+        fills [T, H] with the hidden states of the stage before, where there is one.
         """
-        whole, call = self.whole(cache) if is_short(batch) else None, batch.whole
-        if whole is None:
-            return None
+        whole, call = self.whole(batch, cache), batch.whole
+        assert whole is not None, "asked for before"
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             call = batch.whole = whole.prepare(batch.token_ids_T, batch.positions_T, rows, steps)
@@ -297,7 +311,7 @@ class Stage:
             receive(call.x_TH)
         elif not whole.embeds:
             call.x_TH.copy_(self.embed(batch))
-        return call([table.up_to(batch.max_seqlen_k) for table in self.tables], self.on_layer)
+        return call([table.up_to(batch.max_seqlen_k) for table in self.tables], self.on_layer), call.x_TH
 
     @torch.inference_mode()
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:

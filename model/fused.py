@@ -1,6 +1,6 @@
 """Which halves of a layer run fused (kernels/fused.py): those with RMSNorm or no norm before them, prepared weights,
 and head norms of single heads or none. The others run operation by operation. Where nothing but fused halves and sums
-is left, and no other rank is waited for, steps of few tokens run whole layers in one call.
+is left, and other ranks are waited for in C, steps of few tokens run whole layers in one call.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedMixture, FusedNorm
 from shoal.kernels.moe_routing import MOST_EXPERTS
+from shoal.kernels.native_ranks import NativeGroup
 from shoal.kernels.weight import PackedWeight, PreparedWeight, Weight
-from shoal.kernels.whole_step import WholeStep
+from shoal.kernels.whole_step import StepEmbedding, StepHead
 from shoal.model.attention import AttentionMixer
 from shoal.model.feed_forward import DenseFeedForward, FeedForward, GatedFeedForward, MoeFeedForward
 from shoal.model.norms import NormLayer
-from shoal.parallel.embedding import VocabHead
+from shoal.parallel.embedding import VocabEmbedding, VocabHead
 
 CPU = torch.device("cpu")
 FEW_TOKENS = 64  # of a step that runs whole layers: it is short enough to show no sign of life meanwhile,
@@ -104,8 +105,10 @@ def fuse_mixture(norm: NormLayer | None, ffn: MoeFeedForward) -> FusedMixture | 
     )
 
 
-def runs_of_layers(layers: Sequence[FusedLayer]) -> list[FusedLayers]:
-    """The layers in runs of up to RUN_BYTES of weights, one layer at least. layers: not empty."""
+def runs_of_layers(layers: Sequence[FusedLayer], group: NativeGroup | None) -> list[FusedLayers]:
+    """The layers in runs of up to RUN_BYTES of weights, one layer at least. layers: not empty; group: the tensor ranks,
+    None for one alone.
+    """
     library, found, room = native_library(), [[layers[0]]], RUN_BYTES - layer_bytes(layers[0])
     assert library is not None, "the halves are fused"
     for layer in layers[1:]:
@@ -114,25 +117,22 @@ def runs_of_layers(layers: Sequence[FusedLayer]) -> list[FusedLayers]:
             room = RUN_BYTES
         found[-1].append(layer)
         room -= layer_bytes(layer)
-    return [FusedLayers(library, run) for run in found]
+    return [FusedLayers(library, run, group) for run in found]
 
 
-def whole_step(
-    runs: Sequence[FusedLayers],
-    embedding: Weight | None,
-    norm: NormLayer | None,
-    head: VocabHead,
-    rotary_dims: Sequence[int],
-) -> list[WholeStep]:
-    """The runs, all layers of a model, with what is around them; none where that cannot be fused. embedding: None where
-    there is more to it than rows of a table.
-    """
-    if not runs or not fusible(norm) or not for_c(head.weight):
-        return []
-    library = native_library()
-    assert library is not None, "the layers are fused"
-    table = embedding if isinstance(embedding, PackedWeight) or is_table(embedding) else None
-    return [WholeStep(library, runs, table, fused_norm(norm), head.weight, head.bias, rotary_dims)]
+def step_embedding(embedding: VocabEmbedding) -> StepEmbedding | None:
+    """A rank's part of the embedding as whole steps take it; None where C cannot read it, or holds nothing of it."""
+    weight = embedding.weight
+    if not weight.shape[0] or not (isinstance(weight, PackedWeight) or is_table(weight)):
+        return None
+    return StepEmbedding(weight, embedding.vocab[0])
+
+
+def step_head(norm: NormLayer | None, head: VocabHead) -> StepHead | None:
+    """Likewise of the head."""
+    if not fusible(norm) or not for_c(head.weight) or not min(head.sizes):
+        return None
+    return StepHead(fused_norm(norm), head.weight, head.bias, sum(head.sizes[: head.group.rank]))
 
 
 def is_table(weight: Weight | None) -> TypeGuard[torch.Tensor]:

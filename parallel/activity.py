@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from shoal.kernels.native_ranks import NativeGroup
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.mesh import Mesh
 
@@ -29,11 +30,13 @@ class Activity:
     and collectives so far. waiting: the collective it is in, None outside.
     """
 
-    __slots__ = ("count", "doing", "since", "waiting")
+    __slots__ = ("_seen", "count", "doing", "in_c", "since", "waiting")
 
     def __init__(self) -> None:
         self.doing, self.since, self.count = "starting", time.monotonic(), 0
         self.waiting: Waiting | None = None
+        self.in_c: Communicator | None = None  # the group that kernels sum over from within C
+        self._seen = 0, Waiting("", self.since)
 
     def begin(self, doing: str) -> None:
         """Something else from now on."""
@@ -53,6 +56,18 @@ class Activity:
         """Out of it."""
         self.waiting = None
         self.count += 1
+
+    def look(self) -> tuple[int, Waiting | None]:
+        """How far it has come, and what it waits in, within kernels too: for one reader, who knows since when C waits
+        by having looked before.
+        """
+        count, waiting = self.count, self.waiting
+        if self.in_c is None:
+            return count, waiting
+        begun, what = self.in_c.in_c()
+        if (begun, what) != (self._seen[0], self._seen[1].what):
+            self._seen = begun, Waiting(what, time.monotonic())
+        return count + begun, waiting or (self._seen[1] if what else None)
 
 
 class WatchedCommunicator(Communicator):
@@ -113,8 +128,20 @@ class WatchedCommunicator(Communicator):
         finally:
             self._activity.leave()
 
+    def native(self) -> NativeGroup | None:
+        """The inner one's, which the activity is told of."""
+        native = self._inner.native()
+        if native is not None:
+            self._activity.in_c = self._inner
+        return native
+
+    def in_c(self) -> tuple[int, str]:
+        """The inner one's."""
+        return self._inner.in_c()
+
     def close(self) -> None:
         """The inner one's."""
+        self._activity.in_c = None
         self._inner.close()
 
 

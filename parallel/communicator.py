@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from shoal.kernels.native_ranks import NativeGroup
+
 
 class CollectiveError(RuntimeError):
     """A collective could not complete: the text names group, rank, operation and what was waited for."""
@@ -54,6 +56,16 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Wait for every rank."""
+
+    def native(self) -> NativeGroup | None:
+        """The group for kernels that sum over it from within C; None where the backend is not C."""
+        return None
+
+    def in_c(self) -> tuple[int, str]:
+        """How many operations C has begun, those from within kernels included, and which one it is in, "" for none. Any
+        thread may ask.
+        """
+        return 0, ""
 
     @abstractmethod
     def close(self) -> None:

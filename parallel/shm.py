@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.kernels.build import NativeLibrary
+from shoal.kernels.native_ranks import NativeGroup
 from shoal.parallel.agreement import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -169,6 +170,34 @@ class ShmCommunicator(Communicator):
         self._check(BARRIER, None)
         pack_header(self._header, BARRIER, 0, 0, 0, 0, 0, ())
         self._done(BARRIER, self._barrier(self._at, self._header_at))
+
+    def native(self) -> NativeGroup | None:
+        """The group for kernels that sum over it from within C."""
+        return NativeGroup(self._at, self.size, self._sum_header, self._gather_header, self._check_native)
+
+    def _sum_header(self, dtype: torch.dtype, shape: Sequence[int]) -> bytearray:
+        """What all_reduce says of such a tensor."""
+        assert CODES[dtype] <= len(SUMMABLE), dtype
+        header = bytearray(HEADER.size)
+        pack_header(header, ALL_REDUCE, 0, CODES[dtype], 0, math.prod(shape), 0, shape)
+        return header
+
+    def _gather_header(self, dtype: torch.dtype, shape: Sequence[int]) -> bytearray:
+        """What all_gather says when equal tensors make one of this shape along dimension 0."""
+        sizes, header = (shape[0] // self.size,) * self.size, bytearray(HEADER.size)
+        pack_header(header, ALL_GATHER, 0, CODES[dtype], 0, math.prod(shape), hash(sizes), shape)
+        return header
+
+    def _check_native(self, status: int) -> None:
+        """Raise CollectiveError for what an operation within kernels has ended with."""
+        doing = self._segment.doing(self.global_ranks[self.rank])
+        self._done(ALL_REDUCE if doing is None else doing[0], status)
+
+    def in_c(self) -> tuple[int, str]:
+        """How many operations of the whole group have begun, and which one this rank is in."""
+        doing = self._segment.doing(self.global_ranks[self.rank])
+        where = "" if doing is None else f"{OPERATIONS[doing[0]]} of group {self._segment.groups[doing[1]].name}"
+        return self._group.ops, where
 
     def abort(self, reason: str) -> None:
         """Make every operation of every rank of the segment fail with this reason."""

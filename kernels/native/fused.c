@@ -214,14 +214,34 @@ typedef struct Layer {
 
 enum { COUNTERS = 5 };
 
-/* Layers one after the other, each of x + branch, in one team: x is left as the sum that the last feed-forward saw, branch as what it gave.
- * x, branch [num_tokens, hidden], contiguous, branch used only if has_branch; steps, cos_sins: see Layer; scratch: num_tokens times the
- * most that one of the halves takes. Returns 0, or -1 without memory. */
+int add_up(const Ranks *ranks, void *rows) {
+#ifdef __linux__
+    return ranks ? shoal_shm_all_reduce(ranks->group, ranks->sum, rows) : SHOAL_OK;
+#else
+    return SHOAL_OK; /* only Linux has such groups */
+#endif
+}
+
+/* Called by every thread of a team after the last it wrote to branch: the sum of all ranks' parts. Returns SHOAL_OK or why not, kept in
+ * failed for all of them. */
+static int add_up_team(const Ranks *ranks, void *branch, int *failed) {
+#pragma omp barrier
+    if (ranks) {
+#pragma omp single
+        *failed = add_up(ranks, branch);
+    }
+    return *failed;
+}
+
+/* Layers one after the other, each of x + branch, in one team: x is left as the sum that the last feed-forward saw, branch as what it gave,
+ * of all ranks together. x, branch [num_tokens, hidden], contiguous, branch used only if has_branch; steps, cos_sins: see Layer; ranks: null
+ * for one rank alone; scratch: num_tokens times the most that one of the halves takes. Returns 0, -1 without memory, or why the ranks cannot
+ * go on. */
 int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *const *steps, const float *const *cos_sins, void *x, void *branch,
-                       int has_branch, char *scratch, int threads) {
+                       int has_branch, const Ranks *ranks, char *scratch, int threads) {
     AttentionWork *works = calloc((size_t)num_layers, sizeof *works);
     int64_t *next = calloc((size_t)num_layers * COUNTERS, sizeof *next), most = 0, most_numbers = 0;
-    int status = works && next ? 0 : -1;
+    int status = works && next ? 0 : -1, failed = 0;
     for (int64_t i = 0; i < num_layers && !status; i++) {
         const Layer *l = &layers[i];
         status = begin_mixer(&works[i], l->mixer, steps[l->step], l->k_cache, l->v_cache, scratch, threads);
@@ -240,10 +260,10 @@ int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *cons
                 const Step *s = steps[l->step];
                 mixer_team(l->mixer, s, &works[i], x, i || has_branch ? branch : 0, l->rotation < 0 ? 0 : cos_sins[l->rotation], l->k_cache,
                            l->v_cache, scratch, attention, branch, next + i * COUNTERS);
-#pragma omp barrier
+                if (add_up_team(ranks, branch, &failed)) break;
                 if (l->mixture) mixture_team(l->mixture, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3, numbers);
                 else feed_forward_team(l->feed_forward, x, branch, scratch, branch, s->num_tokens, next + i * COUNTERS + 3);
-#pragma omp barrier
+                if (add_up_team(ranks, branch, &failed)) break;
             }
             status |= attention ? 0 : -1;
             free(attention);
@@ -251,5 +271,5 @@ int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *cons
     }
     for (int64_t i = 0; works && i < num_layers; i++) attention_end(&works[i]);
     free(works), free(next), free(numbers);
-    return status ? -1 : 0;
+    return status ? -1 : failed;
 }

@@ -52,4 +52,8 @@ void shoal_publish(_Atomic uint32_t *word, uint32_t value, _Atomic uint32_t *sle
 int shoal_begin(shoal_group *g, uint32_t op, uint32_t seq, int peer);
 void shoal_end(shoal_group *g);
 
+/* Operations of the whole group, all with the same header but seq. Return SHOAL_OK or why not: shm_collectives.c. */
+int shoal_shm_all_reduce(shoal_group *g, shoal_header *header, uint8_t *data);
+int shoal_shm_all_gather(shoal_group *g, shoal_header *header, const uint8_t *data, uint8_t *out, int64_t outer, const int64_t *rows);
+
 #endif

@@ -1,8 +1,9 @@
-/* A step of few tokens on one rank alone, from token ids to the best tokens: embedding, layers, last norm, head. Called from
- * kernels/whole_step.py.
+/* A step of few tokens on one rank, from token ids or hidden states to the best tokens or hidden states: embedding, layers, last norm,
+ * head, and what tensor ranks tell each other in between. Called from kernels/whole_step.py.
  *
  * The same operations as one by one, to the bit; what is saved is the way through Python between them.
  */
+#include <math.h>
 #include <string.h>
 
 #include "fused.h"
@@ -12,18 +13,19 @@
 
 /* The structs are mirrored by kernels/whole_step.py. */
 typedef struct {
-    const void *embedding;          /* [vocabulary, hidden], */
+    const void *embedding;          /* rows of the tokens [first_token, first_token + num_embedded), */
     const Weight *packed_embedding; /* or packed; neither: x is given */
     const void *norm;               /* [hidden], or null */
-    const Weight *head;
-    const float *const *rotations; /* tables [positions, rotary_dims[i]] */
+    const Weight *head;             /* of the tokens from first_output on; or null: hidden states are all that is wanted */
+    const float *const *rotations;  /* tables [positions, rotary_dims[i]] */
     const int64_t *rotary_dims;
-    int64_t num_layers, num_rotations, hidden;
+    int64_t type, num_layers, num_rotations, hidden, first_token, num_embedded, first_output;
     float eps, offset; /* of the norm */
 } Model;
 
 /* cos_sins[i] [num_tokens, rotary_dims[i]]; rows: the tokens that sample, [num_rows]; normed [num_rows, hidden]; logits [num_rows,
- * vocabulary]; best, values [num_rows]: the best tokens and their logits. */
+ * vocabulary]; best, values [num_rows]: the best tokens and their logits. ranks: null for one rank alone; gather: what ranks say before they
+ * compare their best tokens, told [num_rows], heard [ranks, num_rows]. */
 typedef struct {
     const int64_t *token_ids, *positions, *rows;
     const Step *const *steps;
@@ -31,42 +33,91 @@ typedef struct {
     char *x, *branch, *scratch, *normed, *logits;
     int64_t *best;
     float *values;
+    const Ranks *ranks;
+    shoal_header *gather;
+    struct Best *told, *heard;
     int64_t num_tokens, num_rows;
 } Work;
 
-static void begin(const Model *m, const Work *w) {
-    const int64_t row = m->hidden * element_size(m->head->type);
-    for (int64_t t = 0; m->embedding && t < w->num_tokens; t++)
-        memcpy(w->x + t * row, (const char *)m->embedding + w->token_ids[t] * row, (size_t)row);
-    if (m->packed_embedding) shoal_unpack_rows(m->packed_embedding, w->token_ids, w->num_tokens, w->x, 1);
+/* A rank's best token of a row, and its logit; a row of two float64, whose 53 bits hold any token. */
+typedef struct Best {
+    double logit, token;
+} Best;
+
+/* The tokens' embeddings: of one rank alone, or this rank's part of the sum of all. */
+static void look_up(const Model *m, const Work *w) {
+    const int64_t row = m->hidden * element_size((int)m->type);
+    for (int64_t t = 0; t < w->num_tokens; t++) {
+        const int64_t id = w->token_ids[t] - m->first_token;
+        char *x = w->x + t * row;
+        if (id < 0 || id >= m->num_embedded) memset(x, 0, (size_t)row);
+        else if (m->embedding) memcpy(x, (const char *)m->embedding + id * row, (size_t)row);
+        else shoal_unpack_rows(m->packed_embedding, &id, 1, x, 1);
+    }
+}
+
+static int begin(const Model *m, const Work *w) {
     for (int64_t i = 0; i < m->num_rotations; i++)
         for (int64_t t = 0, dim = m->rotary_dims[i]; t < w->num_tokens; t++)
             memcpy(w->cos_sins[i] + t * dim, m->rotations[i] + w->positions[t] * dim, (size_t)dim * sizeof(float));
+    if (!m->embedding && !m->packed_embedding) return SHOAL_OK;
+    look_up(m, w);
+    return add_up(w->ranks, w->x);
 }
 
-static void end(const Model *m, const Work *w, int threads) {
-    const int type = m->head->type;
-    const int64_t size = element_size(type), row = m->hidden * size, columns = m->head->columns;
+/* The best of all ranks' best: the first among equals, of the lowest tokens; the first that is no number, when there is one. */
+static int compare(const Work *w) {
+#ifdef __linux__
+    const int size = w->ranks->group->size;
+    int64_t bytes[SHOAL_MAX_RANKS];
+    for (int m = 0; m < size; m++) bytes[m] = w->num_rows * (int64_t)sizeof(Best);
+    for (int64_t r = 0; r < w->num_rows; r++) w->told[r] = (Best){w->values[r], (double)w->best[r]};
+    const int status = shoal_shm_all_gather(w->ranks->group, w->gather, (const uint8_t *)w->told, (uint8_t *)w->heard, 1, bytes);
+    for (int64_t r = 0; r < w->num_rows && !status; r++) {
+        Best found = w->heard[r];
+        for (int m = 1; m < size && !isnan(found.logit); m++) {
+            const Best other = w->heard[m * w->num_rows + r];
+            if (other.logit > found.logit || isnan(other.logit)) found = other;
+        }
+        w->values[r] = (float)found.logit, w->best[r] = (int64_t)found.token;
+    }
+    return status;
+#else
+    return SHOAL_OK;
+#endif
+}
+
+static int end(const Model *m, const Work *w, int threads) {
+    const int type = (int)m->type;
+    const int64_t size = element_size(type), row = m->hidden * size;
+    if (!m->head) {
+        for (int64_t t = 0; t < w->num_tokens; t++) add_row(type, w->x + t * row, w->branch + t * row, m->hidden);
+        return SHOAL_OK;
+    }
+    if (!w->num_rows) return SHOAL_OK;
     for (int64_t r = 0; r < w->num_rows; r++) {
         char *normed = w->normed + r * row;
         memcpy(normed, w->branch + w->rows[r] * row, (size_t)row);
         add_row(type, normed, w->x + w->rows[r] * row, m->hidden);
         if (m->norm) rms_norm_row(type, normed, m->norm, normed, m->hidden, m->eps, m->offset);
     }
+    const int64_t columns = m->head->columns;
     shoal_multiply(m->head, w->normed, m->hidden, m->head->bias, w->logits, columns, w->num_rows, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && w->num_rows > 1 && w->num_rows * columns > 65536)
     for (int64_t r = 0; r < w->num_rows; r++) {
         const char *logits = w->logits + r * columns * size;
-        w->best[r] = largest_of_row(type, logits, columns);
-        w->values[r] = load_part(logits + w->best[r] * size, type, 1)[0];
+        const int64_t column = largest_of_row(type, logits, columns);
+        w->best[r] = m->first_output + column;
+        w->values[r] = load_part(logits + column * size, type, 1)[0];
     }
+    return w->ranks ? compare(w) : SHOAL_OK;
 }
 
 /* A run of layers, the model's [first, first + count); before its first layer also what comes before, after its last one what comes after:
- * the caller may want to be seen alive in between. Returns 0, or -1 without memory. */
+ * the caller may want to be seen alive in between. Returns 0, -1 without memory, or why the ranks cannot go on. */
 int shoal_whole_step(const Model *m, const Work *w, const Layer *layers, int64_t first, int64_t count, int threads) {
-    if (!first) begin(m, w);
-    const int status = shoal_fused_layers(layers, count, w->steps, (const float *const *)w->cos_sins, w->x, w->branch, first > 0, w->scratch, threads);
-    if (!status && first + count == m->num_layers && w->num_rows) end(m, w, threads);
-    return status;
+    int status = first ? SHOAL_OK : begin(m, w);
+    if (!status)
+        status = shoal_fused_layers(layers, count, w->steps, (const float *const *)w->cos_sins, w->x, w->branch, first > 0, w->ranks, w->scratch, threads);
+    return !status && first + count == m->num_layers ? end(m, w, threads) : status;
 }

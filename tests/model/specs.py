@@ -45,9 +45,11 @@ def decoder(layers: list[Layer], **more: Any) -> DecoderSpec:
     )
 
 
-def moe(**more: Any) -> MoeFfn:
+def moe(num_experts: int = 7, **more: Any) -> MoeFfn:
     """7 experts, 3 of them for a token."""
-    return MoeFfn(num_experts=7, top_k=3, intermediate_size=26, activation="silu", normalize_top_k=True, **more)
+    return MoeFfn(
+        num_experts=num_experts, top_k=3, intermediate_size=26, activation="silu", normalize_top_k=True, **more
+    )
 
 
 def plain(num_heads: int, num_kv_heads: int, ffn: Ffn = GATED, **more: Any) -> DecoderSpec:

@@ -49,8 +49,8 @@ def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> 
         stops = first.cu_seqlens_q[1:]
         hidden = stage.forward(first, stage.embed(first), apart.caches[0])
         want = stage.head_shard(hidden[stops.long() - 1])
-        got = stage.step(second, [stop - 1 for stop in stops.tolist()], whole.caches[0])
-        assert got is not None and torch.equal(got.head_RV, want)
+        got, _ = stage.step(second, [stop - 1 for stop in stops.tolist()], whole.caches[0])
+        assert torch.equal(got.head_RV, want)
         assert got.best == want.argmax(-1).tolist() and got.values == want.amax(-1).tolist()
         for model in (apart, whole):
             for sequence_name, count in plan:
@@ -66,12 +66,11 @@ def test_a_whole_step_of_many_weights_shows_signs_of_life(tmp_path: Path, monkey
         monkeypatch.setattr("shoal.model.fused.RUN_BYTES", run_bytes)
         model = PagedModel(stage.spec, [stage], 4)
         model.add("a", list(range(3, 33)))
-        outputs.append(stage.step(model.batch([("a", 30)]), [29, 7], model.caches[0]))
+        outputs.append(stage.step(model.batch([("a", 30)]), [29, 7], model.caches[0])[0])
         assert len(told) == expected
         told.clear()
     first, second = outputs
-    assert first is not None and second is not None and torch.equal(first.head_RV, second.head_RV)
-    assert first.best == second.best
+    assert torch.equal(first.head_RV, second.head_RV) and first.best == second.best
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "qwen2_moe"])
@@ -79,7 +78,7 @@ def test_models_with_more_to_them_have_no_whole_steps(name: str, tmp_path: Path)
     stage = load_stage(make_model(name, tmp_path))
     model = PagedModel(stage.spec, [stage], 4)
     model.add("a", [5, 6, 7])
-    assert stage.step(model.batch([("a", 3)]), [2], model.caches[0]) is None
+    assert stage.whole(model.batch([("a", 3)]), model.caches[0]) is None
 
 
 def test_long_steps_are_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,4 +88,4 @@ def test_long_steps_are_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, limit in (("FEW_TOKENS", 29), ("FEW_KEYS", 29)):
         with monkeypatch.context() as patch:
             patch.setattr(f"shoal.model.decoder.{name}", limit)
-            assert stage.step(model.batch([("a", 30)]), [29], model.caches[0]) is None
+            assert stage.whole(model.batch([("a", 30)]), model.caches[0]) is None
