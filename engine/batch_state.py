@@ -45,7 +45,7 @@ class BatchState:
                 raise PlanMismatch(
                     f"step {plan.step}, request {row.request_id}: draft tokens, which ranks do not verify yet"
                 )
-            sequence.token_ids.extend(row.token_ids)
+            sequence.token_ids += row.token_ids
             if row.ref is not None:
                 sequence.token_ids.append(sampled[row.ref.step, row.ref.row])
             for group, block_ids in enumerate(row.new_block_ids):
@@ -74,18 +74,20 @@ class BatchState:
 
     def check(self, step: int, row: PlanRow, sequence: SequenceState) -> None:
         """Raise PlanMismatch when the row does not continue what this rank holds."""
+        stop, room = row.num_computed_tokens + row.num_tokens, min(sequence.num_blocks) * self.block_size
+        computed = sequence.num_computed_tokens
+        fits = computed in (0, row.num_computed_tokens) and len(sequence.token_ids) >= stop <= room
+        if fits and sequence.last_blocks == row.last_block_ids:
+            return
         where = f"step {step}, request {row.request_id}"
-        stop = row.num_computed_tokens + row.num_tokens
-        if sequence.num_computed_tokens not in (0, row.num_computed_tokens):
+        if computed not in (0, row.num_computed_tokens):
             raise PlanMismatch(
-                f"{where}: the row starts at position {row.num_computed_tokens}, "
-                f"{sequence.num_computed_tokens} tokens are computed"
+                f"{where}: the row starts at position {row.num_computed_tokens}, {computed} tokens are computed"
             )
         if stop > len(sequence.token_ids):
             raise PlanMismatch(f"{where}: needs {stop} tokens, {len(sequence.token_ids)} are known")
         for group, expected in enumerate(row.last_block_ids):
-            used = sequence.num_blocks[group]
-            last = int(sequence.tables[group][used - 1]) if used else -1
+            used, last = sequence.num_blocks[group], sequence.last_blocks[group]
             if last != expected or used * self.block_size < stop:
                 raise PlanMismatch(
                     f"{where}: cache group {group} ends with block {last} of {used} here, "

@@ -25,8 +25,8 @@ class BlockTables:
         self.groups = capacity.groups
         self.windows = [group.window for group in capacity.groups]
         self.pools = [BlockPool(group.num_blocks) for group in capacity.groups]
-        self._windowed = [group for group, window in enumerate(self.windows) if window is not None]
-        self._no_blocks: list[list[int]] = [[] for _ in self.pools]
+        self.windowed = [group for group, window in enumerate(self.windows) if window is not None]
+        self.no_blocks: list[list[int]] = [[] for _ in self.pools]
         self._being_computed: dict[bytes, Sequence] = {}
 
     def find_hit(self, seq: Sequence) -> int:
@@ -60,6 +60,7 @@ class BlockTables:
                 pool.acquire(block)
             seq.tables[group] = [-1] * first + blocks
             seq.first_live[group] = first
+        seq.last_blocks = [table[-1] if table else -1 for table in seq.tables]
         seq.num_computed = hit * self.block_size
         seq.num_hit_blocks = seq.num_published = hit
         for key in seq.keys[hit:]:
@@ -79,17 +80,18 @@ class BlockTables:
         """
         missing = -(-(seq.num_computed + num_tokens) // self.block_size) - len(seq.tables[0])
         if missing <= 0:
-            return self._no_blocks
+            return self.no_blocks
         granted = [pool.allocate(missing) for pool in self.pools]
         for table, blocks in zip(seq.tables, granted, strict=True):
             table += blocks
+        seq.last_blocks = [blocks[-1] for blocks in granted]
         return granted
 
     def settle(self, seq: Sequence) -> None:
         """Once its row is scheduled: later steps may find what it fills, and take what later tokens do not see."""
         if seq.num_published < seq.num_computed // self.block_size and self.enable_prefix_caching:
             self._publish(seq)
-        for group in self._windowed:
+        for group in self.windowed:
             self._drop_unseen(seq, group)
 
     def _publish(self, seq: Sequence) -> None:

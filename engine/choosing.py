@@ -15,7 +15,7 @@ import torch
 
 from shoal.configs.sampling import SamplingParams
 from shoal.engine.messages import TokenLogprobs
-from shoal.engine.sampler import Sampler, edits_logits, has_penalties, logprobs_of
+from shoal.engine.sampler import Sampler, has_penalties, logprobs_of, masks_or_biases
 from shoal.engine.sequence_state import SequenceState
 from shoal.engine.shard_logprobs import sharded_logprobs
 from shoal.kernels.whole_step import StepOutput
@@ -39,9 +39,10 @@ def filters(params: SamplingParams) -> bool:
 def takes_best(sequence: SequenceState) -> bool:
     """Whether a row takes the best token of the logits as they are, and wants to know nothing else."""
     params = sequence.sampling
-    if params.temperature > 0 or params.logprobs is not None:
-        return False
-    return not has_penalties(params) and not edits_logits(params, sequence)
+    if sequence.plain is None:
+        asks = params.temperature > 0 or params.logprobs is not None or has_penalties(params)
+        sequence.plain = not asks and not masks_or_biases(params, sequence)
+    return sequence.plain and sequence.num_output_tokens >= params.min_tokens
 
 
 class TokenChooser:

@@ -15,13 +15,13 @@ from shoal.engine.cache_log import CacheChanges, CacheLog
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.clock import Clock
 from shoal.engine.executor import Executor, ExecutorFailed
-from shoal.engine.joined_deltas import JoinedDeltas
-from shoal.engine.messages import EngineStats, FinishReason, OutputDelta, Request
+from shoal.engine.messages import EngineStats, OutputDelta, Request
 from shoal.engine.queue_wait import QueueWait
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+JOINED_S = 0.25  # of tokens that nobody follows one by one; telling of each costs more than the scheduler does
 
 
 class EngineCore:
@@ -48,7 +48,7 @@ class EngineCore:
         self.failure: EngineError | None = None
         self._live: dict[str, Sequence] = {}
         self._outbox: list[OutputDelta] = []
-        self._joined = JoinedDeltas()
+        self._told_joined = float("-inf")  # when joined requests' deltas were told last
         self._handles: deque[tuple[int, float]] = deque()  # of launched plans, with the moment of their launch
         self._last_result = 0.0
         self._seeds = random.Random(config.runtime.seed)
@@ -89,12 +89,10 @@ class EngineCore:
         self._num_accepted += 1
         reason = seq.finish_reason()
         if reason is not None:
-            self._outbox.append(self._last_delta(seq, reason))
+            self._outbox.append(seq.take_delta(reason))
         else:
             self._live[request.request_id] = seq
             self.scheduler.add(seq)
-            if request.joined:
-                self._joined.add(request.request_id)
             if request.deadline_s is not None:
                 self._next_deadline = min(self._next_deadline, request.deadline_s)
         self._engine_s += self.clock.monotonic() - started
@@ -157,10 +155,8 @@ class EngineCore:
             seq = self._live.pop(request_id, None)
             if seq is not None:
                 self.scheduler.finish(seq)
-                if silent:
-                    self._joined.forget(request_id)
-                else:
-                    self._outbox.append(self._last_delta(seq, "abort"))
+                if not silent:
+                    self._outbox.append(seq.take_delta("abort"))
 
     def step(self) -> list[OutputDelta]:
         """Launch what can run, wait for the oldest result, return what it gave.
@@ -173,7 +169,7 @@ class EngineCore:
                 self._advance()
             except Exception as error:  # noqa: BLE001 -- whatever it is, no stream may end in silence
                 self.fail(error)
-        deltas, self._outbox = self._joined.passing(self._outbox, started), []
+        deltas, self._outbox = self._outbox, []
         self._engine_s += self.clock.monotonic() - started - (self._executor_s - executor_s)
         return deltas
 
@@ -201,7 +197,10 @@ class EngineCore:
             self._sample_s += timing.sample_s
         seconds, self._last_result = now - max(launched, self._last_result), now
         self._queue_wait.observe(seconds)
-        for delta in self.scheduler.update(result, seconds):
+        tell_joined = now - self._told_joined >= JOINED_S
+        if tell_joined:
+            self._told_joined = now
+        for delta in self.scheduler.update(result, seconds, tell_joined=tell_joined):
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
                 self._num_finished += 1
@@ -233,21 +232,9 @@ class EngineCore:
         self.failure = EngineError(str(error) if named else f"the engine failed: {type(error).__name__}: {error}")
         self.failure.__cause__ = error
         for seq in self._live.values():
-            self._outbox.append(self._last_delta(seq, "error", str(self.failure)))
+            self._outbox.append(seq.take_delta("error", str(self.failure)))
         self._live.clear()
         self._handles.clear()
-
-    @staticmethod
-    def _last_delta(seq: Sequence, reason: FinishReason, error: str | None = None) -> OutputDelta:
-        return OutputDelta(
-            request_id=seq.request_id,
-            start=seq.num_output_tokens,
-            token_ids=[],
-            finish_reason=reason,
-            stop_reason=seq.stop_reason,
-            error=error,
-            num_cached_tokens=seq.num_cached_tokens,
-        )
 
     def tell_cache(self) -> None:
         """Keep note of what the prefix cache holds, all of it first, for `cache_changes`: of the first group that sees

@@ -50,14 +50,14 @@ def has_penalties(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
+def masks_or_biases(params: SamplingParams, sequence: SequenceState) -> bool:
+    """Whether single tokens' logits may be masked or biased at any position, for more than min_tokens."""
+    return bool(params.allowed_token_ids or params.logit_bias or sequence.bad_words_token_ids)
+
+
 def edits_logits(params: SamplingParams, sequence: SequenceState) -> bool:
     """Whether single tokens' logits are masked or biased for this request at this position."""
-    return bool(
-        params.allowed_token_ids
-        or params.logit_bias
-        or sequence.bad_words_token_ids
-        or sequence.num_output_tokens < params.min_tokens
-    )
+    return masks_or_biases(params, sequence) or sequence.num_output_tokens < params.min_tokens
 
 
 def banned_tokens(sequence: SequenceState) -> list[int]:

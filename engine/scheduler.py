@@ -32,12 +32,13 @@ class Launched(NamedTuple):
 class Draft:
     """A plan while it is made."""
 
-    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences")
+    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences", "unsettled")
 
     def __init__(self, budget: StepBudget) -> None:
         self.budget = budget
         self.rows: list[PlanRow] = []
         self.sequences: list[Sequence] = []
+        self.unsettled: list[Sequence] = []  # rows that fill a block, or may leave a window
         self.new_sequences: list[NewSequence] = []
         self.preempted = False
 
@@ -148,12 +149,15 @@ class Scheduler:
 
     def _decode(self, draft: Draft, decoding: list[Sequence]) -> None:
         """A row for every running sequence of which only the last token is not computed."""
-        budget, balanced = draft.budget, self.max_in_flight > 1
+        budget, balanced, size = draft.budget, self.max_in_flight > 1, self.tables.block_size
         for seq in decoding:
             if not budget.has_room_for_decode():
                 return
-            if seq.status is Status.RUNNING and self._make_room(draft, seq, 1):
-                budget.take_decode(self.cost.row_cost(1, seq.num_computed) if balanced else 1.0, seq.num_computed)
+            if seq.status is not Status.RUNNING:
+                continue
+            position = seq.num_computed
+            if position < len(seq.tables[0]) * size or self._make_room(draft, seq, 1):
+                budget.take_decode(self.cost.row_cost(1, position) if balanced else 1.0, position)
                 self._add_row(draft, seq, 1)
 
     def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
@@ -225,18 +229,22 @@ class Scheduler:
 
     def _add_row(self, draft: Draft, seq: Sequence, num_tokens: int) -> None:
         """Grant the blocks of a sequence's next tokens and count them as computed: later steps run after this one."""
-        new_block_ids = self.tables.append(seq, num_tokens)
-        start, tokens = seq.num_computed, seq.tokens
-        stop, known = start + num_tokens, len(tokens)
-        told, last = tokens[seq.num_told :], [table[-1] for table in seq.tables]
-        draft.rows.append(PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, last, stop == known))
+        tables, tokens, start = self.tables, seq.tokens, seq.num_computed
+        stop, known, size = start + num_tokens, len(tokens), tables.block_size
+        new_block_ids = tables.no_blocks if stop <= len(seq.tables[0]) * size else tables.append(seq, num_tokens)
+        told = tokens[seq.num_told :]
+        draft.rows.append(
+            PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, seq.last_blocks, stop == known)
+        )
         draft.sequences.append(seq)
+        if tables.windowed or stop // size > start // size:
+            draft.unsettled.append(seq)
         seq.num_told, seq.num_computed = known, stop
         seq.in_flight += 1
 
     def _commit(self, draft: Draft) -> StepPlan:
         """The plan of a draft. What it fills and frees is for later steps, not for its own rows."""
-        for seq in draft.sequences:
+        for seq in draft.unsettled:
             self.tables.settle(seq)
         plan = StepPlan(
             epoch=self.epoch,
@@ -251,8 +259,9 @@ class Scheduler:
         self.num_steps += 1
         return plan
 
-    def update(self, result: StepResult, seconds: float) -> list[OutputDelta]:
-        """Take the oldest launched plan's result, which took so long.
+    def update(self, result: StepResult, seconds: float, *, tell_joined: bool = True) -> list[OutputDelta]:
+        """Take the oldest launched plan's result, which took so long; what there is to tell. tell_joined: of requests
+        that may wait for it, too.
 
         Raises ExecutorFailed when it is not that plan's.
         """
@@ -264,45 +273,31 @@ class Scheduler:
         for seq, row, given in zip(sequences, plan.rows, result.rows, strict=True):
             seq.in_flight -= 1
             if seq.status is Status.RUNNING:
-                delta = self._accept(row, seq, given)
+                delta = self._accept(row, seq, given, tell_joined)
                 if delta is not None:
                     deltas.append(delta)
         return deltas
 
-    def _accept(self, row: PlanRow, seq: Sequence, given: RowResult) -> OutputDelta | None:
-        """Extend a running sequence by what its row gave; a delta when there is something to tell."""
+    def _accept(self, row: PlanRow, seq: Sequence, given: RowResult, tell_joined: bool) -> OutputDelta | None:
+        """Extend a running sequence by what its row gave; a delta when it is to be told now."""
         if given.error is not None:
             self.finish(seq, trusted=False)
-            return OutputDelta(
-                request_id=seq.request_id,
-                start=seq.num_output_tokens,
-                token_ids=[],
-                finish_reason="error",
-                error=given.error,
-                num_cached_tokens=seq.num_cached_tokens,
-            )
+            return seq.take_delta("error", given.error)
         if given.prompt_logprobs:
             seq.take_prompt_logprobs(row.num_computed_tokens, given.prompt_logprobs)
         if not row.sample:
             return None
-        start = seq.num_output_tokens
         seq.tokens += given.token_ids
+        if given.logprobs:
+            seq.logprobs += given.logprobs
         self.num_generated_tokens += 1
         reason = seq.finish_reason()
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         if reason is not None:
             self.admission.observe(seq.num_output_tokens)
             self.finish(seq)
-        return OutputDelta(
-            request_id=seq.request_id,
-            start=start,
-            token_ids=given.token_ids,
-            logprobs=given.logprobs,
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=seq.stop_reason,
-            num_cached_tokens=seq.num_cached_tokens,
-        )
+        elif not tell_joined and seq.may_wait():
+            return None
+        return seq.take_delta(reason)
 
     def check_integrity(self) -> None:
         """Assert that queues, tables and launched plans agree. Call between steps."""

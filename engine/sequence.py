@@ -3,7 +3,7 @@
 from enum import Enum
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.messages import FinishReason, NewSequence, Request, TokenLogprobs
+from shoal.engine.messages import FinishReason, NewSequence, OutputDelta, Request, TokenLogprobs
 
 
 class Status(Enum):
@@ -20,17 +20,22 @@ class Sequence:
     tokens: prompt, then output. num_computed: tokens whose KV is in the cache once every launched step has run.
     num_told: tokens the ranks know the ids of. in_flight: launched rows without a result. keys: prefix keys of its
     leading full blocks. tables: per cache group, its block ids; first_live: per group, the index of the first one it
-    still holds (those before fell out of the window). num_hit_blocks: leading blocks it found in the cache.
-    num_published: blocks others can find. order: the smallest is served first.
+    still holds (those before fell out of the window); last_blocks: per group, the last one, a new list when it changes.
+    num_hit_blocks: leading blocks it found in the cache.
+    num_published: blocks others can find. num_given: output tokens the front end has been told of; logprobs: of those
+    it has not. order: the smallest is served first.
     """
 
     __slots__ = (
         "first_live",
         "in_flight",
         "keys",
+        "last_blocks",
+        "logprobs",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed",
+        "num_given",
         "num_hit_blocks",
         "num_prompt_tokens",
         "num_published",
@@ -69,6 +74,8 @@ class Sequence:
         self.keys: list[bytes] = []
         self.wanted_key: bytes | None = None
         self.num_told = self.in_flight = 0
+        self.num_given = len(request.emitted_token_ids)
+        self.logprobs: list[TokenLogprobs] = []
         self.forget_cache(num_groups=0)
 
     def forget_cache(self, num_groups: int) -> None:
@@ -76,6 +83,7 @@ class Sequence:
         self.num_computed = self.num_hit_blocks = self.num_published = 0
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
         self.first_live = [0] * num_groups
+        self.last_blocks = [-1] * num_groups
 
     @property
     def pending(self) -> int:
@@ -109,6 +117,29 @@ class Sequence:
             self.stop_reason = self.stop_reasons[last]
             return "stop"
         return "length" if len(self.tokens) >= self.max_num_tokens else None
+
+    def may_wait(self) -> bool:
+        """Whether nobody misses its new tokens yet: not followed one by one, and not the first ones."""
+        return self.request.joined and self.num_given > len(self.request.emitted_token_ids)
+
+    def take_delta(self, finish_reason: FinishReason | None = None, error: str | None = None) -> OutputDelta:
+        """What the front end has not been told of, which it is now."""
+        start, self.num_given = self.num_given, self.num_output_tokens
+        logprobs, self.logprobs = self.logprobs, []
+        prompt_logprobs = None
+        if self.num_given > start:  # before its first token they may not be complete
+            prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return OutputDelta(
+            request_id=self.request_id,
+            start=start,
+            token_ids=self.tokens[self.num_prompt_tokens + start :],
+            logprobs=logprobs or None,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            stop_reason=self.stop_reason,
+            error=error,
+            num_cached_tokens=self.num_cached_tokens,
+        )
 
     def announcement(self) -> NewSequence:
         """What the ranks must know before its first row; from then on they know all its tokens."""

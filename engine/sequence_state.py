@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class SequenceState:
     """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its
-    block ids."""
+    block ids; last_blocks: the last one of each, -1 for none. plain: whether it takes the best token and wants to know
+    no other, min_tokens apart; found out when first asked for (engine/choosing.py).
+    """
 
     request_id: str
     token_ids: list[int]
@@ -28,6 +30,13 @@ class SequenceState:
     num_blocks: list[int]
     num_computed_tokens: int = 0
     counts: "TokenCounts | None" = field(default=None, repr=False)
+    plain: bool | None = None
+    last_blocks: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last_blocks = [
+            int(table[used - 1]) if used else -1 for table, used in zip(self.tables, self.num_blocks, strict=True)
+        ]
 
     @property
     def num_output_tokens(self) -> int:
@@ -42,4 +51,4 @@ class SequenceState:
             grown[:used] = table[:used]
             self.tables[group] = table = grown
         table[used : used + len(block_ids)] = block_ids
-        self.num_blocks[group] = used + len(block_ids)
+        self.num_blocks[group], self.last_blocks[group] = used + len(block_ids), block_ids[-1]

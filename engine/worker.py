@@ -68,7 +68,7 @@ class Worker:
         self.samples = shard.has_head and shard.tp_rank == 0
         self.ran_at = time.monotonic()  # when the last step ended; infinity within one
         self.state = self.new_state()
-        self.sampled: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
 
     def new_state(self) -> BatchState:
         """A batch state that holds nothing."""
@@ -214,7 +214,8 @@ class Worker:
         refs = [(row.ref.step, row.ref.row) for row in plan.rows if row.ref is not None]
         if not refs:
             return {}
-        tokens = torch.tensor([self.sampled.get(ref, -1) for ref in refs], device=self.device)
+        known = [self.sampled.get(step, {}).get(row, -1) for step, row in refs]
+        tokens = torch.tensor(known, device=self.device)
         sampling_rank = self.mesh.world.size - self.shard.tp_size
         self.mesh.world.broadcast(tokens, sampling_rank)
         return dict(zip(refs, tokens.tolist(), strict=True))
@@ -248,7 +249,7 @@ class Worker:
             token, logprobs, finite = next(given)
             tokens[index] = token
             if finite:
-                rows.append(RowResult(row.request_id, [token], as_list(logprobs), scores))
+                rows.append(RowResult(row.request_id, [token], None if logprobs is None else [logprobs], scores))
             else:
                 rows.append(RowResult(row.request_id, [], None, scores, NOT_FINITE))
         self.remember(plan.step, tokens)
@@ -271,10 +272,9 @@ class Worker:
         return found if self.samples else None
 
     def remember(self, step: int, tokens: dict[int, int]) -> None:
-        """Keep a step's tokens for TokenRefs of later plans, and forget old ones."""
-        for row, token in tokens.items():
-            self.sampled[step, row] = token
-        while self.sampled and next(iter(self.sampled))[0] <= step - REMEMBERED_STEPS:
+        """Keep a step's tokens by row for TokenRefs of later plans, and forget old ones."""
+        self.sampled[step] = tokens
+        while next(iter(self.sampled)) <= step - REMEMBERED_STEPS:
             self.sampled.popitem(last=False)
 
     def close(self) -> None:
@@ -305,8 +305,3 @@ def scored_positions(row: PlanRow, sequence: SequenceState) -> range:
         return range(0)
     first = row.num_computed_tokens
     return range(first, min(first + row.num_tokens, sequence.num_prompt_tokens - 1))
-
-
-def as_list(entry: TokenLogprobs | None) -> list[TokenLogprobs] | None:
-    """A row's one entry as RowResult wants it."""
-    return None if entry is None else [entry]

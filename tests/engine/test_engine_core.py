@@ -10,7 +10,7 @@ import pytest
 
 from shoal.engine.client import EngineError, QueueFull
 from shoal.engine.clock import VirtualClock
-from shoal.engine.engine_core import EngineCore
+from shoal.engine.engine_core import JOINED_S, EngineCore
 from shoal.engine.executor import ExecutorFailed
 from shoal.engine.fake_executor import Fault, StepLatency
 from shoal.engine.messages import RankTiming, Request, StepPlan, StepResult
@@ -363,3 +363,17 @@ def test_statistics_are_true() -> None:
     assert stats.executor_s == 2.5 and stats.engine_s == 0.0 and stats.preemptions == 0
     core.step()
     assert (core.stats().num_running, core.stats().num_waiting) == (2, 0)
+
+
+def test_tokens_nobody_follows_come_together() -> None:
+    clock = VirtualClock()
+    core = make_core(clock=clock)
+    core.add(msgspec.structs.replace(make_request("a", [1, 2, 3], 8), joined=True))
+    core.add(make_request("b", [1, 2, 3], 8))
+    told: dict[str, list[int]] = {"a": [], "b": []}
+    while core.has_work:
+        for delta in core.step():
+            told[delta.request_id].append(len(delta.token_ids))
+        clock.now += JOINED_S / 4 + 1e-6
+    assert told["b"] == [1] * 8
+    assert sum(told["a"]) == 8 and told["a"][0] == 1 and max(told["a"]) > 1

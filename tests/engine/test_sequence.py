@@ -3,7 +3,7 @@
 import pytest
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.messages import TokenLogprobs
+from shoal.engine.messages import Request, TokenLogprobs
 from shoal.engine.sequence import Sequence
 from tests.engine.harness import make_request
 
@@ -68,3 +68,31 @@ def test_the_announcement_tells_all_tokens() -> None:
     assert (new.token_ids, new.num_prompt_tokens, new.sample_index) == ([1, 2, 9, 3], 2, 3)
     assert new.sampling == SamplingParams(temperature=1.0, seed=4, max_tokens=8)
     assert seq.num_told == 4
+
+
+def test_deltas_of_requests_nobody_follows_wait_but_for_the_first() -> None:
+    request = Request(
+        request_id="a", prompt_token_ids=[1, 2], emitted_token_ids=[9], sampling=SamplingParams(logprobs=0), joined=True
+    )
+    seq = Sequence(request, request.sampling, 100, 0)
+    entries = [TokenLogprobs([token], [-1.0], [1]) for token in (3, 4, 5)]
+    for token, entry in zip((3, 4, 5), entries, strict=True):
+        seq.tokens.append(token)
+        seq.logprobs.append(entry)
+        if token == 3:
+            assert not seq.may_wait()
+            first = seq.take_delta()
+            assert seq.may_wait()
+    assert (first.start, first.token_ids, first.logprobs) == (1, [3], entries[:1])
+    last = seq.take_delta("length")
+    assert (last.start, last.token_ids, last.logprobs, last.finish_reason) == (2, [4, 5], entries[1:], "length")
+    assert seq.take_delta("abort").token_ids == []
+
+
+def test_prompt_logprobs_are_told_with_the_first_token_and_not_before() -> None:
+    seq = make([1, 2, 3], [], prompt_logprobs=0)
+    seq.take_prompt_logprobs(0, [TokenLogprobs([2], [-1.0], [1])])
+    assert seq.take_delta("abort").prompt_logprobs is None
+    seq.tokens.append(7)
+    given = seq.take_delta()
+    assert given.prompt_logprobs is not None and len(given.prompt_logprobs) == 2
