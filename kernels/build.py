@@ -42,6 +42,7 @@ COMPILERS = ("cc", "gcc", "clang")
 BASE_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 # Tried in order: a compiler may lack OpenMP's runtime, or not know the processor.
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+ARCH_PRCTL, REQUEST_STATE, TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: how a process asks for AMX's tiles
 
 logger = logging.getLogger("shoal.kernels")
 
@@ -151,6 +152,8 @@ def _build(timeout_s: float) -> NativeBuild:
     sources = sorted(SOURCES.glob("*.c"))
     if not sources:
         raise NativeBuildError(f"no C sources in {SOURCES}; the installation is incomplete")
+    if not amx_allowed():
+        compiler = (*compiler, "-DSHOAL_NO_AMX")
     digest = hashlib.sha256()
     for path in sorted([*sources, *SOURCES.glob("*.h")]):
         digest.update(f"{path.name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
@@ -163,6 +166,18 @@ def _build(timeout_s: float) -> NativeBuild:
             if not target.exists():
                 _compile(compiler, sources, target, timeout_s)
     return NativeBuild(target, fingerprint)
+
+
+@functools.cache
+def amx_allowed() -> bool:
+    """Whether this process, and those it forks, may use AMX's tiles: Linux wants to be asked once. True where the
+    processor has none.
+    """
+    if " amx_tile" not in _processor():
+        return True
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 3
+    return bool(libc.syscall(ARCH_PRCTL, REQUEST_STATE, TILE_DATA) == 0)
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -249,6 +264,8 @@ def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path, timeo
                 objects = _objects(command, _version(compiler), sources, target.parent, timeout_s)
                 _run([*command, "-shared", "-o", str(temporary), *map(str, objects), "-lm"], timeout_s)
             except NativeBuildError as error:
+                if failure is None:
+                    logger.warning("The C kernels do not compile with %s: %s", shlex.join(optional), error)
                 failure = failure or error
                 continue
             os.replace(temporary, target)

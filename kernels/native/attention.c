@@ -80,8 +80,18 @@ INLINE void place_head(const Attention *a, Scratch *s, int type, const Tile *t, 
     }
 }
 
+#if HAS_AMX
+#include "attention_amx.h"
+#endif
+
 /* One key/value head of a tile, for `count` pairs from number `pair` of the item on. */
 INLINE void attend_pairs(const Attention *a, Scratch *s, int type, const Tile *t, int64_t pair, int64_t count) {
+#if HAS_AMX
+    if (type == BF16) {
+        amx_attend(a, s, t, pair, count);
+        return;
+    }
+#endif
     const int many = type == F16 || count > MAX_ROWS || (PAIRED(type) && a->head_dim % CHUNK(type));
     const Loops loops = choose_loops(type, many);
     turn_keys(a, s, type, many, t->first, t->stop);
@@ -177,7 +187,15 @@ INLINE void attend(const AttentionWork *w, Scratch *s, int type, int64_t *next) 
 }
 
 static void attend_f32(const AttentionWork *w, Scratch *s, int64_t *next) { attend(w, s, F32, next); }
-static void attend_bf16(const AttentionWork *w, Scratch *s, int64_t *next) { attend(w, s, BF16, next); }
+static void attend_bf16(const AttentionWork *w, Scratch *s, int64_t *next) {
+#if HAS_AMX
+    amx_begin();
+    attend(w, s, BF16, next);
+    amx_end();
+#else
+    attend(w, s, BF16, next);
+#endif
+}
 static void attend_f16(const AttentionWork *w, Scratch *s, int64_t *next) { attend(w, s, F16, next); }
 
 /* The query heads of every key/value head: heads[starts[kv]] to heads[starts[kv + 1] - 1]. Returns the most of one. */
@@ -255,14 +273,16 @@ int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_
 void attention_end(AttentionWork *w) { free(w->heads), free(w->items); }
 
 INLINE int64_t scratch_width(const AttentionWork *w) {
-    const int64_t chunk = CHUNK(w->type);
+    const int64_t chunk = HAS_AMX && w->type == BF16 ? 2 * AMX_PAIRS : CHUNK(w->type);
     return (w->a.head_dim + chunk - 1) / chunk * chunk;
 }
-INLINE int64_t scratch_rows(const AttentionWork *w) { return (w->pairs + LANES - 1) / LANES * LANES; }
+/* AMX reads as many rows of queries as a tile has, wherever it begins. */
+INLINE int64_t scratch_rows(const AttentionWork *w) { return (w->pairs + SCORE_ROWS + LANES - 1) / LANES * LANES; }
 
 int64_t attention_scratch_bytes(const AttentionWork *w) {
     const int64_t width = scratch_width(w), rows = scratch_rows(w);
-    return (int64_t)sizeof(float) * (rows * (2 * width + 1 + LANES) + 2 * TILE * width + MAX_ROWS * TILE) + rows * (int64_t)sizeof(Pair);
+    const int64_t floats = rows * (2 * width + 1 + LANES) + 2 * TILE * width + SCORE_ROWS * (TILE + width);
+    return (int64_t)sizeof(float) * floats + rows * (int64_t)sizeof(Pair);
 }
 
 float *make_attention_scratch(int64_t bytes) {
@@ -275,7 +295,8 @@ void attention_team(const AttentionWork *w, int64_t *next, float *scratch) {
     const int64_t width = scratch_width(w), rows = scratch_rows(w);
     Scratch s = {.width = width, .q = scratch};
     s.o = s.q + rows * width, s.largest = s.o + rows * width, s.total = s.largest + rows, s.turned = s.total + rows * LANES;
-    s.spread = s.turned + TILE * width, s.weights = s.spread + TILE * width, s.pairs = (Pair *)(s.weights + MAX_ROWS * TILE);
+    s.spread = s.turned + TILE * width, s.weights = s.spread + TILE * width, s.sums = s.weights + SCORE_ROWS * TILE;
+    s.pairs = (Pair *)(s.sums + SCORE_ROWS * width);
     if (w->type == F32) attend_f32(w, &s, next);
     else if (w->type == BF16) attend_bf16(w, &s, next);
     else attend_f16(w, &s, next);

@@ -11,6 +11,7 @@
 #ifndef SHOAL_ATTENTION_TILE_H
 #define SHOAL_ATTENTION_TILE_H
 
+#include "amx.h"
 #include "attention.h"
 #include "vector.h"
 
@@ -22,6 +23,12 @@
 #define MAX_ROWS 6 /* sums of 6 rows by 4 vectors, of 32 registers */
 #else
 #define MAX_ROWS 2 /* sums of 2 rows by 4 vectors, of 16 registers */
+#endif
+
+#if HAS_AMX
+#define SCORE_ROWS AMX_ROWS /* whose scores there is room for */
+#else
+#define SCORE_ROWS MAX_ROWS
 #endif
 
 /* Whether numbers of a type are multiplied in pairs. */
@@ -36,18 +43,20 @@ typedef struct {
 /* What a thread works with. Of an item: pairs, query vectors [pairs][width], outputs [pairs][width], running maximum (as it was when the
  * sums were last scaled) [pairs] and sum
  * [pairs][LANES]; of the tile: keys on their side [width][TILE], values [TILE][width] where they are widened or paired; of some rows: scores,
- * then weights [MAX_ROWS][TILE]. width: head_dim in whole chunks; pairs of bfloat16 take half the space. */
+ * then weights [SCORE_ROWS][TILE], and with AMX sums [SCORE_ROWS][width]. width: head_dim in whole chunks; pairs of bfloat16 take half the
+ * space. */
 typedef struct {
     Pair *pairs;
-    float *q, *o, *largest, *total, *turned, *spread, *weights;
+    float *q, *o, *largest, *total, *turned, *spread, *weights, *sums;
     int64_t width;
     const char *keys[TILE], *values[TILE], *ahead[TILE]; /* where the tile's keys and values lie; what is called for meanwhile */
 } Scratch;
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
-/* The first `count` elements of two bytes at p, of 2 * LANES at most, zeros after them. */
+/* The first `count` elements of two bytes at p, of 2 * LANES at most, zeros after them; none where half a tile of AMX is beyond the head. */
 INLINE vu load_pairs(const char *p, int64_t count) {
+    if (LANES < AMX_PAIRS && count <= 0) return (vu){};
 #ifdef __AVX512BW__
     return (vu)_mm512_maskz_loadu_epi16(count >= 2 * LANES ? ~0u : (1u << count) - 1, p);
 #else

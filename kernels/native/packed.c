@@ -1,13 +1,16 @@
-/* Products with weights in panels of 32 columns, widened to float32 in registers or multiplied as they are (AVX512-BF16).
+/* Products with weights in panels of 32 columns, widened to float32 in registers or multiplied as they are (AVX512-BF16, AMX).
  *
  * A panel holds its positions one after the other, [inner][32], so that one vector holds one position of 16 columns and x is broadcast: no
  * sums over lanes, and memory is read from end to end. bfloat16 positions come in pairs, [inner / 2][32][2]: even and odd ones are a shift
  * and a mask away from float32, and a pair is what AVX512-BF16 multiplies. Missing columns and the last half of a pair are zeros. An element
  * of y is the sum over blocks of DEPTH positions, each summed in rising order (pairs: odd before even with AVX512-BF16), the bias last,
- * rounded once.
+ * rounded once. Where there is AMX, bfloat16 takes its tiles: packed_amx.h.
  */
 #include "weight.h"
 
+#include <stdlib.h>
+
+#include "amx.h"
 #include "vector.h"
 
 #define VECTORS (PANEL / LANES)
@@ -26,7 +29,11 @@
 
 typedef uint32_t pair_unaligned __attribute__((aligned(2), may_alias));
 
-INLINE int64_t positions(int type, int64_t inner) { return type == BF16 ? (inner + 1) / 2 * 2 : inner; }
+/* Of a weight in memory: whole pairs, or whole tiles. */
+INLINE int64_t positions(int type, int64_t inner) {
+    const int64_t whole = type != BF16 ? 1 : HAS_AMX ? 2 * AMX_PAIRS : 2;
+    return (inner + whole - 1) / whole * whole;
+}
 
 /* Bytes of a position of x as the tiles read it: float32, or half a pair. */
 INLINE int64_t position_size(int type) { return type == BF16 && MULTIPLIES_PAIRS ? 2 : 4; }
@@ -120,6 +127,34 @@ typedef struct {
     float x[ROWS * WIDTH], sums[PANELS * ROWS * PANEL];
 } Scratch;
 
+/* Two vectors of y, rounded; `left` columns of them and what follows are there. */
+INLINE void put(int type, char *y, vf low, vf high, int64_t left) {
+    char rounded[8 * LANES] __attribute__((aligned(64)));
+    char *to = left >= 2 * LANES ? y : rounded;
+    if (type == BF16) *(vu_unaligned *)to = pair_lanes(low, high);
+    else store(to, type, low), store(to + LANES * element_size(type), type, high);
+    if (to != y) memcpy(y, rounded, (size_t)(left * element_size(type)));
+}
+
+/* The sums of some rows with a panel, and the bias, rounded into y. */
+INLINE void finish(int type, const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, const float *sums) {
+    const int64_t size = element_size(type), first = panel * PANEL;
+    char *y = (char *)p->y + (row * p->y_stride + first) * size;
+    vf bias[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t left = w->columns - first - v * LANES, n = left < 0 ? 0 : left < LANES ? left : LANES;
+        const char *from = (const char *)w->bias + (first + v * LANES) * size;
+        bias[v] = !w->bias || n == 0 ? splat(0.0f) : n == LANES ? load(from, type) : load_part(from, type, n);
+    }
+    for (int64_t r = 0; r < rows; r++, y += p->y_stride * size, sums += PANEL)
+        for (int v = 0; v < VECTORS; v += 2) {
+            const int64_t left = w->columns - first - v * LANES;
+            vf low = *(const vf_unaligned *)(sums + v * LANES), high = *(const vf_unaligned *)(sums + (v + 1) * LANES);
+            if (w->bias) low += bias[v], high += bias[v + 1];
+            if (left > 0) put(type, y + v * LANES * size, low, high, left);
+        }
+}
+
 /* Some rows with some panels. x is read where it is if it is as the tiles read it; otherwise as many positions are widened as fit. */
 INLINE void block(int type, const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
     const int64_t size = element_size(type), inner = positions(type, w->inner);
@@ -140,25 +175,20 @@ INLINE void block(int type, const Weight *w, const Rows *p, int64_t row, int64_t
                 strip(type, x + (k - from) * position_size(type), x_step, (const char *)w->data + ((panel + i) * inner + k) * PANEL * size,
                       to - k < DEPTH ? to - k : DEPTH, k == 0, s->sums + i * rows * PANEL, rows);
     }
-    for (int64_t i = 0; i < panels; i++)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < PANEL; c += LANES) {
-                const int64_t column = (panel + i) * PANEL + c, n = w->columns - column < LANES ? w->columns - column : LANES;
-                if (n <= 0) continue;
-                vf value = *(const vf_unaligned *)(s->sums + (i * rows + r) * PANEL + c);
-                if (w->bias) value += load_part((const char *)w->bias + column * size, type, n);
-                char *y = (char *)p->y + ((row + r) * p->y_stride + column) * size;
-                if (n == LANES) store(y, type, value);
-                else store_part(y, type, value, n);
-            }
+    for (int64_t i = 0; i < panels; i++) finish(type, w, p, row, rows, panel + i, s->sums + i * rows * PANEL);
 }
 
 static void block_f32(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
     block(F32, w, p, row, rows, panel, panels, s);
 }
+#if HAS_AMX
+#include "packed_amx.h"
+#else
+INLINE int64_t rows_of_bf16(int64_t inner) { return (void)inner, ROWS; }
 static void block_bf16(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
     block(BF16, w, p, row, rows, panel, panels, s);
 }
+#endif
 static void block_f16(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
     block(F16, w, p, row, rows, panel, panels, s);
 }
@@ -168,15 +198,16 @@ void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads)
     static _Thread_local Scratch scratch;
     void (*const compute)(const Weight *, const Rows *, int64_t, int64_t, int64_t, int64_t, Scratch *) =
         w->type == F32 ? block_f32 : w->type == BF16 ? block_bf16 : block_f16;
-    const int64_t all = (w->columns + PANEL - 1) / PANEL, row_blocks = (p->rows + ROWS - 1) / ROWS;
+    const int64_t most = w->type == BF16 ? rows_of_bf16(w->inner) : ROWS; /* of a block */
+    const int64_t all = (w->columns + PANEL - 1) / PANEL, row_blocks = (p->rows + most - 1) / most;
     int64_t panels = all / (threads * 4);
     panels = panels < 1 ? 1 : panels > PANELS ? PANELS : panels;
     const int64_t tasks = row_blocks * ((all + panels - 1) / panels);
     for (;;) {
         const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
         if (i >= tasks) break;
-        const int64_t row = i % row_blocks * ROWS, panel = i / row_blocks * panels;
-        compute(w, p, row, p->rows - row < ROWS ? p->rows - row : ROWS, panel, all - panel < panels ? all - panel : panels, &scratch);
+        const int64_t row = i % row_blocks * most, panel = i / row_blocks * panels;
+        compute(w, p, row, p->rows - row < most ? p->rows - row : most, panel, all - panel < panels ? all - panel : panels, &scratch);
     }
 }
 

@@ -26,7 +26,7 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 
 /* Whether bfloat16 is multiplied in pairs, as it is: AVX512-BF16, or that arithmetic in float32 to test it elsewhere. */
-#if defined(__AVX512BF16__) || defined(SHOAL_EMULATE_BF16_PAIRS)
+#if defined(__AVX512BF16__) || defined(SHOAL_EMULATE_BF16_PAIRS) || defined(SHOAL_EMULATE_AMX)
 #define MULTIPLIES_PAIRS 1
 #else
 #define MULTIPLIES_PAIRS 0

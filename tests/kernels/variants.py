@@ -9,10 +9,12 @@ import pytest
 
 from shoal.kernels.build import SOURCES, NativeBuild, NativeLibrary, find_compiler
 
-VARIANTS = {  # the pairs of AVX512-BF16 are emulated where they are missing
+VARIANTS = {  # the pairs of AVX512-BF16 and the tiles of AMX are emulated where they are missing
     "avx2": ["-march=haswell"],
-    "pairs": ["-march=native", "-DSHOAL_EMULATE_BF16_PAIRS"],
+    "pairs": ["-march=native", "-DSHOAL_EMULATE_BF16_PAIRS", "-DSHOAL_NO_AMX"],
     "avx2_pairs": ["-march=haswell", "-DSHOAL_EMULATE_BF16_PAIRS"],
+    "amx": ["-march=native", "-DSHOAL_EMULATE_AMX"],
+    "avx2_amx": ["-march=haswell", "-DSHOAL_EMULATE_AMX"],
     "plain": [],
 }
 
