@@ -18,6 +18,7 @@ import torch
 from shoal.kernels.build import native_library
 from shoal.kernels.fused import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
+from shoal.kernels.softcap import softcap_
 from shoal.kernels.whole_step import StepOutput, WholeStep
 from shoal.model.attention import AttentionMixer
 from shoal.model.batch import BatchInput
@@ -347,6 +348,5 @@ class Stage:
 
     def capped(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """The final soft cap, where the model has one, in place."""
-        if self.spec.final_softcap is not None:
-            logits_RV = torch.tanh_(logits_RV.div_(self.spec.final_softcap)).mul_(self.spec.final_softcap)
-        return logits_RV
+        cap = self.spec.final_softcap
+        return logits_RV if cap is None else softcap_(logits_RV, cap)

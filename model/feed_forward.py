@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from shoal.kernels.activation import activation, gated_activation, sigmoid
+from shoal.kernels.activation import activation, gated_activation
 from shoal.kernels.linear import linear
 from shoal.kernels.moe_routing import moe_routing
+from shoal.kernels.sigmoid_gate import sigmoid_gate_
 from shoal.model.prepare import Params
 from shoal.model.shard import ModelShard
 from shoal.model.spec import DenseFfn, Ffn, GatedFfn, MoeFfn
@@ -95,7 +96,7 @@ class MoeFeedForward:
         if self.shared is not None:
             shared_TH = self.shared.partial(x_TH)
             if self.shared_gate is not None:
-                shared_TH *= sigmoid(linear(x_TH, self.shared_gate, deterministic=self.deterministic))
+                sigmoid_gate_(shared_TH, x_TH, self.shared_gate, deterministic=self.deterministic)
             out_TH += shared_TH
         return out_TH
 

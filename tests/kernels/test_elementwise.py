@@ -16,6 +16,8 @@ from shoal.kernels.layer_norm import layer_norm, layer_norm_reference
 from shoal.kernels.moe_routing import moe_routing, moe_routing_reference
 from shoal.kernels.rms_norm import rms_norm, rms_norm_reference
 from shoal.kernels.rope import rope_, rope_reference
+from shoal.kernels.sigmoid_gate import sigmoid_gate_, sigmoid_gate_reference
+from shoal.kernels.softcap import softcap_, softcap_reference
 
 pytestmark = pytest.mark.usefixtures("path")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,7 +68,7 @@ def test_a_rows_norm_does_not_depend_on_the_other_rows() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_matches_the_reference(dtype: torch.dtype) -> None:
-    for shape in [(0, 5), (3, 7), (2, 3, 64)]:
+    for shape in [(0, 5), (1, 1), (3, 7), (2, 3, 64), (130, 515)]:
         x, weight, bias = (
             torch.randn(shape).to(dtype),
             torch.randn(shape[-1]).to(dtype),
@@ -74,6 +76,39 @@ def test_layer_norm_matches_the_reference(dtype: torch.dtype) -> None:
         )
         close(layer_norm(x, weight, bias, 1e-5), layer_norm_reference(x, weight, bias, 1e-5))
         close(layer_norm(x, weight, None, 1e-5), layer_norm_reference(x, weight, None, 1e-5))
+
+
+def test_layer_norm_of_a_slice_of_heads_far_from_zero() -> None:
+    heads = (torch.randn(5, 4 * 24) + 100)[:, 24:72].view(5, 2, 24)
+    weight, bias = torch.randn(24), torch.randn(24)
+    expected = layer_norm_reference(heads.double(), weight, bias, 1e-5)
+    torch.testing.assert_close(layer_norm(heads, weight, bias, 1e-5), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (2, 1025), (5, 64)])
+def test_softcap_matches_the_reference(shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape) * 30
+    expected, capped = softcap_reference(logits, 15.0), logits.clone()
+    assert softcap_(capped, 15.0) is capped
+    torch.testing.assert_close(capped.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inner", "size"), [(0, 3, 3), (1, 1, 1), (7, 45, 45), (130, 515, 40)])
+def test_sigmoid_gate_matches_the_reference(dtype: torch.dtype, rows: int, inner: int, size: int) -> None:
+    x, weight, y = (
+        torch.randn(rows, inner).to(dtype),
+        torch.randn(1, inner).to(dtype),
+        torch.randn(rows, size).to(dtype),
+    )
+    weight *= inner**-0.5
+    expected, gated = sigmoid_gate_reference(y, x, weight), y.clone()
+    assert sigmoid_gate_(gated, x, weight, deterministic=True) is gated
+    tolerance = 3 * TOLERANCE[dtype]  # the logit, the gate and the product are rounded
+    torch.testing.assert_close(gated.double(), expected, rtol=tolerance, atol=tolerance)
+    for row in range(0, rows, 50):
+        alone = sigmoid_gate_(y[row : row + 1].clone(), x[row : row + 1], weight, deterministic=True)
+        assert torch.equal(alone[0], gated[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
