@@ -1,13 +1,12 @@
 """The two halves of a decoder layer in one call of C each: norm, projection, head norms, rotary positions, cache,
-attention, output; and norm, up, activation, down, or norm, router and experts. And whole layers, where nobody has to
-be asked in between. What they compute, to the bit, is what the single operations give one after the other; what they
-save is a crossing from Python into C and a start of threads for each of them.
+attention, output; and norm, up, activation, down, or norm, router and experts. What they compute, to the bit, is what
+the single operations give one after the other; what they save is a crossing from Python into C and a start of threads
+for each of them. Whole layers: kernels/fused_layers.py.
 
 For CPUs, prepared weights (kernels/weight.py) and RMSNorm. Shapes: T tokens, H hidden size, R rotary_dim.
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from shoal.kernels.activation import KINDS
 from shoal.kernels.build import NativeLibrary
 from shoal.kernels.experts import SLICE_PAIRS, ExpertsStruct, NativeExperts
-from shoal.kernels.native_ranks import NativeGroup, native_ranks
 from shoal.kernels.native_types import FLOAT, INT, INT64, POINTER
 from shoal.kernels.weight import NativeWeight, PreparedWeight
 
@@ -23,7 +21,6 @@ _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER
 _FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 _MIXTURE = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products stays in the cache
-_LAYERS = (POINTER, INT64, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER, INT)
 
 
 class FusedNorm(NamedTuple):
@@ -81,20 +78,6 @@ class NativeMixture(ctypes.Structure):
         ("router", NativeWeight),
         ("experts", ExpertsStruct),
         ("normalize", ctypes.c_int32),
-    )
-
-
-class NativeLayer(ctypes.Structure):
-    """Mirror of Layer there."""
-
-    _fields_ = (
-        ("mixer", POINTER),
-        ("feed_forward", POINTER),
-        ("mixture", POINTER),
-        ("k_cache", POINTER),
-        ("v_cache", POINTER),
-        ("step", INT64),
-        ("rotation", INT64),
     )
 
 
@@ -268,80 +251,6 @@ class FusedMixture:
         if status:
             raise MemoryError(f"no memory to sort {len(x_TH)} tokens by expert")
         return out_TH
-
-
-class FusedLayer(NamedTuple):
-    """A layer for FusedLayers. keys, values: its caches; group, rotation: its place in `steps` and `cos_sins`; rotation
-    None: no rotary positions.
-    """
-
-    mixer: FusedMixer
-    feed_forward: FusedFeedForward | FusedMixture
-    keys: torch.Tensor
-    values: torch.Tensor
-    group: int
-    rotation: int | None
-
-
-class FusedLayers:
-    """Consecutive layers x + mixer(norm(x)), x + feed_forward(norm(x)). group: the tensor ranks that hold a part of
-    every layer each; None: one rank alone.
-    """
-
-    def __init__(self, library: NativeLibrary, layers: Sequence[FusedLayer], group: NativeGroup | None = None) -> None:
-        self.kept, self.group = tuple(layers), group  # the structs point into them
-        self.natives = (NativeLayer * len(layers))(
-            *(
-                NativeLayer(
-                    layer.mixer.address, *second_half(layer.feed_forward), layer.keys.data_ptr(),
-                    layer.values.data_ptr(), layer.group, -1 if layer.rotation is None else layer.rotation,
-                )
-                for layer in layers
-            )
-        )  # fmt: skip
-        self.scratch_width = max(max(layer.mixer.scratch_width, layer.feed_forward.scratch_width) for layer in layers)
-        self.call = library.function("shoal_fused_layers", _LAYERS, INT)
-
-    def __call__(
-        self,
-        x_TH: torch.Tensor,
-        branch_TH: torch.Tensor | None,
-        cos_sins: Sequence[torch.Tensor],
-        steps: Sequence[NativeStep],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layers of x + branch (None: of x alone): (x, branch), both [T, H], whose sum is the residual stream. What
-        is given is overwritten. cos_sins: [T, R] float32 each, by rotation; steps: by cache group. Collective over the
-        group. Raises MemoryError and what the group's check raises.
-        """
-        out_TH = torch.empty_like(x_TH) if branch_TH is None else branch_TH
-        assert x_TH.is_contiguous() and out_TH.is_contiguous()
-        scratch = x_TH.new_empty(len(x_TH) * self.scratch_width)
-        step_pointers = (POINTER * len(steps))(*map(ctypes.addressof, steps))
-        tables = (POINTER * len(cos_sins))(*(table.data_ptr() for table in cos_sins))
-        header = bytearray() if self.group is None else self.group.sum_header(x_TH.dtype, x_TH.shape)
-        ranks = None if self.group is None else native_ranks(self.group, header)
-        status = self.call(
-            ctypes.addressof(self.natives), len(self.natives),
-            ctypes.addressof(step_pointers), ctypes.addressof(tables),
-            x_TH.data_ptr(), out_TH.data_ptr(), branch_TH is not None,
-            None if ranks is None else ctypes.addressof(ranks), scratch.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        check_layers(status, len(x_TH), self.group)
-        return x_TH, out_TH
-
-
-def check_layers(status: int, num_tokens: int, group: NativeGroup | None) -> None:
-    """Raise what the status of whole layers stands for, if it is not 0."""
-    if status < 0:
-        raise MemoryError(f"no memory for the scratch of attention over {num_tokens} tokens")
-    if status:
-        assert group is not None, "a rank alone waits for nobody"
-        group.check(status)
-
-
-def second_half(half: FusedFeedForward | FusedMixture) -> tuple[int | None, int | None]:
-    """Where a layer's feed-forward is, and where its mixture; one of them is None."""
-    return (None, half.address) if isinstance(half, FusedMixture) else (half.address, None)
 
 
 def native_norm(norm: FusedNorm | None, dtype: torch.dtype) -> NativeNorm:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from shoal.kernels.build import NativeLibrary
-from shoal.kernels.fused import FusedLayers, FusedNorm, NativeStep, check_layers, native_norm, with_bias
+from shoal.kernels.fused import FusedNorm, NativeStep, native_norm, with_bias
+from shoal.kernels.fused_layers import FusedLayers, check_layers
 from shoal.kernels.native_ranks import NativeGroup, buffer_address, native_ranks
 from shoal.kernels.native_types import DTYPE_CODES, FLOAT, INT, INT64, POINTER
 from shoal.kernels.weight import PackedWeight, PreparedWeight

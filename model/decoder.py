@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedLayer, FusedLayers
+from shoal.kernels.fused_layers import FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
 from shoal.kernels.softcap import softcap_
 from shoal.kernels.whole_step import StepOutput, WholeStep

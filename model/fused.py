@@ -10,7 +10,8 @@ import torch
 
 from shoal.kernels.attention import uniform_map
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedFeedForward, FusedLayer, FusedLayers, FusedMixer, FusedMixture, FusedNorm
+from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedMixture, FusedNorm
+from shoal.kernels.fused_layers import FusedLayer, FusedLayers
 from shoal.kernels.moe_routing import MOST_EXPERTS
 from shoal.kernels.native_ranks import NativeGroup
 from shoal.kernels.weight import PackedWeight, PreparedWeight, Weight

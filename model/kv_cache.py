@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.kernels.fused import FusedLayers
+from shoal.kernels.fused_layers import FusedLayers
 from shoal.kernels.huge_pages import empty_in_huge_pages
 from shoal.kernels.whole_step import WholeStep
 from shoal.model.kv_layout import layer_groups

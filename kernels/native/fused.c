@@ -202,7 +202,7 @@ int shoal_fused_mixture(const Mixture *m, void *x, char *scratch, void *out, int
     return 0;
 }
 
-/* A whole layer, mirrored by kernels/fused.py: feed_forward or mixture is null. step, rotation: its entries in what shoal_fused_layers is
+/* A whole layer, mirrored by kernels/fused_layers.py: feed_forward or mixture is null. step, rotation: its entries in what shoal_fused_layers is
  * given; rotation -1: none. */
 typedef struct Layer {
     const Mixer *mixer;

@@ -10,15 +10,8 @@ from shoal.kernels.activation import activation, gated_activation
 from shoal.kernels.attention import paged_attention
 from shoal.kernels.build import native_library
 from shoal.kernels.experts import NativeExperts
-from shoal.kernels.fused import (
-    FusedFeedForward,
-    FusedLayer,
-    FusedLayers,
-    FusedMixer,
-    FusedMixture,
-    FusedNorm,
-    make_step,
-)
+from shoal.kernels.fused import FusedFeedForward, FusedMixer, FusedMixture, FusedNorm, make_step
+from shoal.kernels.fused_layers import FusedLayer, FusedLayers
 from shoal.kernels.kv_write import kv_write
 from shoal.kernels.linear import linear
 from shoal.kernels.moe_routing import moe_routing

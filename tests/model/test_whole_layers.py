@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.kernels.build import native_library
-from shoal.kernels.fused import FusedLayers
+from shoal.kernels.fused_layers import FusedLayers
 from tests.model.paged import PagedModel
 from tests.model.test_families_parity import load_stage, stage_logits
 from tests.model.tiny_models import make_model
