@@ -63,7 +63,7 @@ class TokenChooser:
 
     def of_step(self, output: StepOutput, sequences: Sequence[SequenceState]) -> list[Choice]:
         """A choice per row of what Stage.step gave, on the group's rank 0."""
-        if self.stage.spec.final_softcap is None and all(map(takes_best, sequences)):
+        if all(map(takes_best, sequences)):
             return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
         return self.choose(output.head_RV, sequences)
 

@@ -3,7 +3,7 @@ attention, output; and norm, up, activation, down, or norm, router and experts. 
 the single operations give one after the other; what they save is a crossing from Python into C and a start of threads
 for each of them. Whole layers: kernels/fused_layers.py.
 
-For CPUs, prepared weights (kernels/weight.py) and RMSNorm. Shapes: T tokens, H hidden size, R rotary_dim.
+For CPUs and prepared weights (kernels/weight.py). Shapes: T tokens, H hidden size, R rotary_dim.
 """
 
 import ctypes
@@ -24,21 +24,32 @@ BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products st
 
 
 class FusedNorm(NamedTuple):
-    """RMSNorm over the last dimension: weight [size], offset added to it."""
+    """RMSNorm, or where `layer` LayerNorm, over the last dimension: weight and bias [size]; offset: added to the weight
+    (RMSNorm only).
+    """
 
     weight: torch.Tensor
     eps: float
     offset: float = 0.0
+    bias: torch.Tensor | None = None
+    layer: bool = False
 
 
 class NativeNorm(ctypes.Structure):
-    """Mirror of Norm in kernels/native/fused.c."""
+    """Mirror of Norm in kernels/native/rows.h."""
 
-    _fields_ = (("weight", POINTER), ("size", INT64), ("eps", FLOAT), ("offset", FLOAT))
+    _fields_ = (
+        ("weight", POINTER),
+        ("bias", POINTER),
+        ("size", INT64),
+        ("eps", FLOAT),
+        ("offset", FLOAT),
+        ("layer", ctypes.c_int32),
+    )
 
 
 class NativeMixer(ctypes.Structure):
-    """Mirror of Mixer there."""
+    """Mirror of Mixer in kernels/native/fused.c."""
 
     _fields_ = (
         ("norm", NativeNorm),
@@ -77,6 +88,8 @@ class NativeMixture(ctypes.Structure):
         ("norm", NativeNorm),
         ("router", NativeWeight),
         ("experts", ExpertsStruct),
+        ("shared", POINTER),
+        ("gate", POINTER),
         ("normalize", ctypes.c_int32),
     )
 
@@ -118,7 +131,8 @@ def make_step(
 class FusedMixer:
     """Norm, fused projection, attention over the paged cache and output projection of one layer.
 
-    Arguments as the single operations take them; norms None where nothing normalises; qkv_bias: [columns] or None.
+    Arguments as the single operations take them; norms None where nothing normalises; q_norm, k_norm: of one head's
+    size, or of all of them at once; qkv_bias: [columns] or None.
     """
 
     def __init__(
@@ -142,10 +156,12 @@ class FusedMixer:
     ) -> None:
         head_dim = out.shape[1] // num_heads
         assert qkv.shape[0] == (num_heads + 2 * num_kv_heads) * head_dim and qkv.dtype == out.dtype
+        for heads_norm, count in ((q_norm, num_heads), (k_norm, num_kv_heads)):
+            assert heads_norm is None or len(heads_norm.weight) in (head_dim, count * head_dim)
         assert q_to_kv.dtype == torch.int32 and (sinks is None or sinks.dtype == torch.float32)
         self.kept = (norm, q_norm, k_norm, qkv, qkv_bias, out, sinks, q_to_kv)  # the struct below points into them
         self.scratch_width, self.rotary_dim = qkv.shape[1] + qkv.shape[0] + out.shape[1], rotary_dim
-        self.weight_bytes = qkv.nbytes + out.nbytes
+        self.hidden, self.weight_bytes = qkv.shape[1], qkv.nbytes + out.nbytes
         self.native = NativeMixer(
             native_norm(norm, qkv.dtype), native_norm(q_norm, qkv.dtype), native_norm(k_norm, qkv.dtype),
             with_bias(qkv, qkv_bias), out.native, q_to_kv.data_ptr(), None if sinks is None else sinks.data_ptr(),
@@ -215,7 +231,9 @@ class FusedFeedForward:
 
 
 class FusedMixture:
-    """Norm, router, routing (kernels/moe_routing.py) and the experts held of one layer."""
+    """Norm, router, routing (kernels/moe_routing.py) and the experts held of one layer. shared: an expert of all tokens
+    beside them, without a norm of its own; gate: [1, H], by whose sigmoid (kernels/sigmoid_gate.py) it is multiplied.
+    """
 
     def __init__(
         self,
@@ -226,14 +244,23 @@ class FusedMixture:
         *,
         top_k: int,
         normalize: bool,
+        shared: FusedFeedForward | None = None,
+        gate: torch.Tensor | None = None,
     ) -> None:
         assert router.shape[1] == experts.hidden and router.dtype == experts.dtype
         assert 0 < top_k <= router.shape[0], (top_k, router.shape)
-        self.kept = (norm, router, experts)
+        assert gate is None or (gate.dtype == router.dtype and gate.is_contiguous() and gate.numel() == router.shape[1])
+        self.kept = (norm, router, experts, shared, gate)
         self.block_rows = max(1, SLICE_PAIRS // top_k)
         self.scratch_width = router.shape[1] + router.shape[0] + experts.scratch_width(top_k)
         self.weight_bytes = router.nbytes + experts.weight_bytes
-        self.native = NativeMixture(native_norm(norm, router.dtype), router.native, experts.native(top_k), normalize)
+        if shared is not None:
+            self.scratch_width += router.shape[1] + shared.scratch_width
+            self.weight_bytes += shared.weight_bytes
+        self.native = NativeMixture(
+            native_norm(norm, router.dtype), router.native, experts.native(top_k),
+            None if shared is None else shared.address, None if gate is None else gate.data_ptr(), normalize,
+        )  # fmt: skip
         self.address = ctypes.addressof(self.native)
         self.call = library.function("shoal_fused_mixture", _MIXTURE, INT)
 
@@ -256,15 +283,22 @@ class FusedMixture:
 def native_norm(norm: FusedNorm | None, dtype: torch.dtype) -> NativeNorm:
     """The struct of a norm."""
     if norm is None:
-        return NativeNorm(None, 0, 0.0, 0.0)
+        return NativeNorm()
     assert norm.weight.dtype == dtype and norm.weight.is_contiguous()
-    return NativeNorm(norm.weight.data_ptr(), len(norm.weight), norm.eps, norm.offset)
+    bias = vector_address(norm.bias, dtype, len(norm.weight))
+    return NativeNorm(norm.weight.data_ptr(), bias, len(norm.weight), norm.eps, norm.offset, norm.layer)
+
+
+def vector_address(vector: torch.Tensor | None, dtype: torch.dtype, size: int) -> int | None:
+    """Where a bias is, None where there is none."""
+    if vector is None:
+        return None
+    assert vector.dtype == dtype and vector.is_contiguous() and vector.shape == (size,), (vector.dtype, vector.shape)
+    return vector.data_ptr()
 
 
 def with_bias(weight: PreparedWeight, bias: torch.Tensor | None) -> NativeWeight:
     """A copy of the weight's struct with a bias."""
     native = NativeWeight.from_buffer_copy(weight.native)
-    if bias is not None:
-        assert bias.dtype == weight.dtype and bias.is_contiguous() and bias.shape == weight.shape[:1]
-        native.bias = bias.data_ptr()
+    native.bias = vector_address(bias, weight.dtype, weight.shape[0])
     return native

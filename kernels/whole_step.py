@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from shoal.kernels.build import NativeLibrary
-from shoal.kernels.fused import FusedNorm, NativeStep, native_norm, with_bias
+from shoal.kernels.fused import FusedNorm, NativeNorm, NativeStep, native_norm, with_bias
 from shoal.kernels.fused_layers import FusedLayers, check_layers
 from shoal.kernels.native_ranks import NativeGroup, buffer_address, native_ranks
 from shoal.kernels.native_types import DTYPE_CODES, FLOAT, INT, INT64, POINTER
@@ -26,11 +26,12 @@ class NativeModel(ctypes.Structure):
     """Mirror of Model in kernels/native/whole_step.c."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("embedding", "packed_embedding", "norm", "head", "rotations", "rotary_dims")),
+        *((name, POINTER) for name in ("embedding", "packed_embedding", "learned", "head", "rotations", "rotary_dims")),
+        ("norm", NativeNorm),
         *((name, INT64) for name in ("type", "num_layers", "num_rotations", "hidden")),
         *((name, INT64) for name in ("first_token", "num_embedded", "first_output")),
-        ("eps", FLOAT),
-        ("offset", FLOAT),
+        ("embed_scale", FLOAT),
+        ("softcap", FLOAT),
     )
 
 
@@ -47,26 +48,31 @@ class NativeWork(ctypes.Structure):
 
 
 class StepEmbedding(NamedTuple):
-    """Rows of the tokens from first_token on, [rows, H], a tensor or packed."""
+    """Rows of the tokens from first_token on, [rows, H], a tensor or packed; what they are multiplied by, rounded to
+    their type, or None; rows for the positions from 0 on that are added to them, [positions, H], or None.
+    """
 
     weight: torch.Tensor | PackedWeight
     first_token: int = 0
+    scale: float | None = None
+    learned: torch.Tensor | None = None
 
 
 class StepHead(NamedTuple):
     """What follows the layers: a norm or None, and the head of the tokens from first_token on, [V, H]; bias: [V] or
-    None.
+    None; softcap: of the logits (kernels/softcap.py), or None.
     """
 
     norm: FusedNorm | None
     weight: PreparedWeight
     bias: torch.Tensor | None
     first_token: int = 0
+    softcap: float | None = None
 
 
 class StepOutput(NamedTuple):
-    """What the rows that sample gave. head_RV: the head's product, [R, V]; best: each row's best token of all ranks',
-    the first among equals, or the first whose logit is no number; values: their logits.
+    """What the rows that sample gave. head_RV: the head's product, [R, V], not capped; best: each row's best token of
+    all ranks', the first among equals, or the first whose logit is no number; values: their logits, capped.
     """
 
     head_RV: torch.Tensor
@@ -120,13 +126,17 @@ class WholeStep:
             assert weight.is_contiguous()
             self.native.embedding = weight.data_ptr()
         self.native.first_token, self.native.num_embedded = embedding.first_token, weight.shape[0]
+        self.native.embed_scale = embedding.scale or 0.0
+        if (learned := embedding.learned) is not None:
+            assert learned.dtype == self.dtype and learned.is_contiguous() and learned.shape[1] == self.hidden
+            self.native.learned = learned.data_ptr()
 
     def set_head(self, head: StepHead) -> None:
         """Likewise."""
         assert head.weight.dtype == self.dtype and head.weight.shape[1] == self.hidden and head.weight.shape[0] > 0
-        self.native_head, norm = with_bias(head.weight, head.bias), native_norm(head.norm, self.dtype)
+        self.native_head, self.native.norm = with_bias(head.weight, head.bias), native_norm(head.norm, self.dtype)
         self.native.head, self.native.first_output = ctypes.addressof(self.native_head), head.first_token
-        self.native.norm, self.native.eps, self.native.offset = norm.weight, norm.eps, norm.offset
+        self.native.softcap = head.softcap or 0.0
 
     def prepare(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shoal.kernels.build import native_library
-from shoal.kernels.fused_layers import FusedLayer, FusedLayers
+from shoal.kernels.fused_layers import FusedEnding, FusedLayer, FusedLayers
 from shoal.kernels.linear import linear
 from shoal.kernels.softcap import softcap_
 from shoal.kernels.whole_step import StepOutput, WholeStep
@@ -28,6 +28,7 @@ from shoal.model.fused import (
     FEW_TOKENS,
     fuse_feed_forward,
     fuse_mixer,
+    fused_norm,
     runs_of_layers,
     step_embedding,
     step_head,
@@ -67,12 +68,20 @@ class DecoderLayer:
 
     def fused(self, cache: LayerCache, rotation: int | None) -> FusedLayer | None:
         """The whole layer for the fused operations; None where there is more to it."""
-        more = (self.post_mixer, self.post_ffn, self.mixer.out_bias, self.ffn.out_bias)
-        if self.fused_mixer is None or self.fused_ffn is None or any(part is not None for part in more):
+        parallel, normed = (self.residual == kind for kind in ("parallel", "normed"))
+        if self.fused_mixer is None or self.fused_ffn is None or cache.scales is not None:
             return None
-        if self.residual != "sequential" or cache.scales is not None:
+        if parallel and (self.post_mixer or self.post_ffn):
             return None
-        return FusedLayer(self.fused_mixer, self.fused_ffn, cache.keys, cache.values, cache.group, rotation)
+        biases = [() if half.out_bias is None else (half.out_bias,) for half in (self.mixer, self.ffn)]
+        if parallel:
+            biases = [(), (*biases[0], *biases[1])]
+        endings = (
+            FusedEnding(biases[0], fused_norm(self.post_mixer), normed),
+            FusedEnding(biases[1], fused_norm(self.post_ffn), normed),
+        )
+        place = (cache.keys, cache.values, cache.group, rotation)
+        return FusedLayer(self.fused_mixer, self.fused_ffn, *place, endings, parallel)
 
     def reduced(self, partial_TH: torch.Tensor, *biases: torch.Tensor | None) -> torch.Tensor:
         """The sum of all ranks' parts, in place, then the biases."""
@@ -207,7 +216,8 @@ class Stage:
         vocab = shard.vocab_ranges(spec.vocab_size)
         if shard.has_embedding:
             self.embedding = VocabEmbedding(params["embed.weight"], vocab[shard.tp_rank], tensor)
-            self.positions = params.get("positions.weight")
+            learned = spec.learned_positions
+            self.learned_rows = None if learned is None else params["positions.weight"][learned.offset :]
             scale = spec.embed_scale
             self.embed_scale = None if scale is None else torch.tensor(scale).to(self.dtype).item()
         if shard.has_head:
@@ -234,9 +244,8 @@ class Stage:
             hidden_TH *= self.embed_scale
         if self.embed_in is not None:
             hidden_TH = linear(hidden_TH, self.embed_in, deterministic=self.deterministic)
-        if self.positions is not None:
-            assert self.spec.learned_positions is not None
-            hidden_TH += self.positions[batch.positions_T + self.spec.learned_positions.offset]
+        if self.learned_rows is not None:
+            hidden_TH += self.learned_rows[batch.positions_T]
         return hidden_TH
 
     @torch.inference_mode()
@@ -244,16 +253,15 @@ class Stage:
         """This stage's layers. hidden: [T, H], from embed or from the stage before; it may be overwritten. The tokens'
         keys and values are written to the cache. Returns [T, H].
         """
-        branch_TH: torch.Tensor | None = None
         looked_up = [table.lookup(batch.positions_T, batch.max_seqlen_k) for table in self.tables]
         if is_short(batch) and (runs := self.runs(cache)):
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]
             for run in runs:
-                hidden_TH, branch_TH = run(hidden_TH, branch_TH, looked_up, steps)
+                run(hidden_TH, looked_up, steps)
                 if self.on_layer is not None:
                     self.on_layer()
-            assert branch_TH is not None
-            return branch_TH.add_(hidden_TH)
+            return hidden_TH
+        branch_TH: torch.Tensor | None = None
         for index, layer in self.layers.items():
             rotation = self.rotations[index]
             cos_sin_TR = None if rotation is None else looked_up[rotation]
@@ -283,11 +291,13 @@ class Stage:
     def make_whole(self, cache: KVCache) -> list[WholeStep]:
         """See whole: at most one."""
         runs, library, shard = self.runs(cache), native_library(), self.shard
-        head = step_head(self.final_norm, self.head) if shard.has_head and self.embed_out is None else None
+        head = embedding = None
+        if shard.has_head and self.embed_out is None:
+            head = step_head(self.final_norm, self.head, self.spec.final_softcap)
         if not runs or library is None or (shard.has_head and head is None):
             return []
-        plain = shard.has_embedding and self.embed_in is None and self.embed_scale is None and self.positions is None
-        embedding = step_embedding(self.embedding) if plain else None
+        if shard.has_embedding and self.embed_in is None:
+            embedding = step_embedding(self.embedding, self.embed_scale, self.learned_rows)
         rotary_dims = [table.rope.rotary_dim for table in self.tables]
         hidden, group = self.spec.hidden_size, self.tensor.native()
         return [WholeStep(library, runs, embedding, head, rotary_dims, self.dtype, hidden, group)]

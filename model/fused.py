@@ -1,6 +1,6 @@
-"""Which halves of a layer run fused (kernels/fused.py): those with RMSNorm or no norm before them, prepared weights,
-and head norms of single heads or none. The others run operation by operation. Where nothing but fused halves and sums
-is left, and other ranks are waited for in C, steps of few tokens run whole layers in one call.
+"""Which halves of a layer run fused (kernels/fused.py): those with prepared weights, unless several ranks normalise all
+heads of a token at once. The others run operation by operation. Where nothing but fused halves and sums is left, and
+other ranks are waited for in C, steps of few tokens run whole layers in one call.
 """
 
 from collections.abc import Sequence
@@ -32,32 +32,43 @@ def for_c(weight: Weight) -> TypeGuard[PreparedWeight]:
     return isinstance(weight, PreparedWeight) and hasattr(weight, "native")
 
 
-def fusible(norm: NormLayer | None) -> bool:
-    """Whether C has this norm."""
-    return norm is None or (norm.norm.kind == "rms" and norm.bias is None)
-
-
 def fused_norm(norm: NormLayer | None) -> FusedNorm | None:
     """A norm as the fused operations take it."""
-    return None if norm is None else FusedNorm(norm.weight, norm.norm.eps, 1.0 if norm.norm.unit_offset else 0.0)
+    if norm is None:
+        return None
+    layer = norm.norm.kind == "layer"
+    return FusedNorm(norm.weight, norm.norm.eps, unit(norm.norm.unit_offset and not layer), norm.bias, layer)
+
+
+def unit(offset: bool) -> float:
+    """What is added to a norm's weight."""
+    return 1.0 if offset else 0.0
+
+
+def fused_head_norms(mixer: AttentionMixer) -> tuple[FusedNorm | None, FusedNorm | None]:
+    """Those of queries and keys, of single heads or of all at once."""
+    one, every = mixer.head_norm, mixer.across_heads
+    if every is not None:
+        q_norm, k_norm = (
+            FusedNorm(norm.weight, norm.eps, unit(norm.unit_offset)) for norm in (every.q_norm, every.k_norm)
+        )
+        return q_norm, k_norm
+    if one is None:
+        return None, None
+    parts, offset = ((one.q_weight, one.q_bias), (one.k_weight, one.k_bias)), unit(one.unit_offset)
+    q_norm, k_norm = (FusedNorm(weight, one.eps, offset, bias, one.layer) for weight, bias in parts)
+    return q_norm, k_norm
 
 
 def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | None:
     """The mixer with the norm before it; None where it cannot be fused."""
-    heads_norm, qkv, out = mixer.head_norm, mixer.qkv.weight, mixer.out.weight
-    if not for_c(qkv) or not for_c(out) or not fusible(norm) or mixer.across_heads is not None:
+    qkv, out, across_ranks = mixer.qkv.weight, mixer.out.weight, mixer.across_heads
+    if not for_c(qkv) or not for_c(out) or (across_ranks is not None and across_ranks.group.size > 1):
         return None
     library = native_library()  # asked for only where weights are prepared for C: on GPUs it must not be built
     if library is None:
         return None
-    q_norm = k_norm = None
-    if heads_norm is not None:
-        if heads_norm.layer or heads_norm.q_bias is not None:
-            return None
-        offset = 1.0 if heads_norm.unit_offset else 0.0
-        q_norm, k_norm = (
-            FusedNorm(weight, heads_norm.eps, offset) for weight in (heads_norm.q_weight, heads_norm.k_weight)
-        )
+    q_norm, k_norm = fused_head_norms(mixer)
     spec = mixer.spec
     return FusedMixer(
         library,
@@ -80,10 +91,13 @@ def fuse_mixer(norm: NormLayer | None, mixer: AttentionMixer) -> FusedMixer | No
 
 def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForward | FusedMixture | None:
     """The feed-forward with the norm before it; None where it cannot be fused."""
-    if fusible(norm) and isinstance(ffn, MoeFeedForward):
+    if isinstance(ffn, MoeFeedForward):
         return fuse_mixture(norm, ffn)
-    if not fusible(norm) or not isinstance(ffn, DenseFeedForward | GatedFeedForward):
-        return None
+    return fuse_dense(norm, ffn) if isinstance(ffn, DenseFeedForward | GatedFeedForward) else None
+
+
+def fuse_dense(norm: NormLayer | None, ffn: DenseFeedForward | GatedFeedForward) -> FusedFeedForward | None:
+    """A feed-forward without experts, likewise."""
     up = ffn.gate_up if isinstance(ffn, GatedFeedForward) else ffn.up
     if not for_c(up.weight) or not for_c(ffn.down.weight):
         return None
@@ -94,15 +108,25 @@ def fuse_feed_forward(norm: NormLayer | None, ffn: FeedForward) -> FusedFeedForw
 
 
 def fuse_mixture(norm: NormLayer | None, ffn: MoeFeedForward) -> FusedMixture | None:
-    """Routed experts with the norm before them; None where a shared expert stands beside them."""
-    experts, router = ffn.experts.native, ffn.router
-    if experts is None or ffn.shared is not None or not for_c(router) or router.shape[0] > MOST_EXPERTS:
+    """Routed experts, and perhaps a shared one beside them, likewise."""
+    experts, router, gate = ffn.experts.native, ffn.router, ffn.shared_gate
+    shared = None if ffn.shared is None else fuse_dense(None, ffn.shared)
+    if experts is None or not for_c(router) or router.shape[0] > MOST_EXPERTS:
+        return None
+    if (ffn.shared is not None and shared is None) or not (gate is None or is_table(gate)):
         return None
     library = native_library()
     if library is None:
         return None
     return FusedMixture(
-        library, fused_norm(norm), router, experts, top_k=ffn.spec.top_k, normalize=ffn.spec.normalize_top_k
+        library,
+        fused_norm(norm),
+        router,
+        experts,
+        top_k=ffn.spec.top_k,
+        normalize=ffn.spec.normalize_top_k,
+        shared=shared,
+        gate=gate,
     )
 
 
@@ -121,19 +145,21 @@ def runs_of_layers(layers: Sequence[FusedLayer], group: NativeGroup | None) -> l
     return [FusedLayers(library, run, group) for run in found]
 
 
-def step_embedding(embedding: VocabEmbedding) -> StepEmbedding | None:
+def step_embedding(
+    embedding: VocabEmbedding, scale: float | None, learned: torch.Tensor | None
+) -> StepEmbedding | None:
     """A rank's part of the embedding as whole steps take it; None where C cannot read it, or holds nothing of it."""
     weight = embedding.weight
     if not weight.shape[0] or not (isinstance(weight, PackedWeight) or is_table(weight)):
         return None
-    return StepEmbedding(weight, embedding.vocab[0])
+    return StepEmbedding(weight, embedding.vocab[0], scale, learned)
 
 
-def step_head(norm: NormLayer | None, head: VocabHead) -> StepHead | None:
+def step_head(norm: NormLayer | None, head: VocabHead, softcap: float | None) -> StepHead | None:
     """Likewise of the head."""
-    if not fusible(norm) or not for_c(head.weight) or not min(head.sizes):
+    if not for_c(head.weight) or not min(head.sizes):
         return None
-    return StepHead(fused_norm(norm), head.weight, head.bias, sum(head.sizes[: head.group.rank]))
+    return StepHead(fused_norm(norm), head.weight, head.bias, sum(head.sizes[: head.group.rank]), softcap)
 
 
 def is_table(weight: Weight | None) -> TypeGuard[torch.Tensor]:

@@ -20,6 +20,6 @@ typedef struct {
 int add_up(const Ranks *ranks, void *rows);
 
 int shoal_fused_layers(const Layer *layers, int64_t num_layers, const Step *const *steps, const float *const *cos_sins, void *x, void *branch,
-                       int has_branch, const Ranks *ranks, char *scratch, int threads);
+                       const Ranks *ranks, char *scratch, int threads);
 
 #endif

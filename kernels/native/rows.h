@@ -8,10 +8,25 @@
 void rms_norm_row(int type, const void *x, const void *weight, void *out, int64_t size, float eps, float offset);
 /* out may be x; bias may be null. */
 void layer_norm_row(int type, const void *x, const void *weight, const void *bias, void *out, int64_t size, float eps);
+
+/* RMSNorm, or where `layer` LayerNorm. weight: [size], or null where nothing normalises; bias: [size], or null; offset: added to the weight
+ * (RMSNorm only). Mirrored by kernels/fused.py. */
+typedef struct {
+    const void *weight, *bias;
+    int64_t size;
+    float eps, offset;
+    int32_t layer;
+} Norm;
+
+/* A row of n->size; out may be x. */
+void normalise_row(const Norm *n, int type, const void *x, void *out);
+
 /* num_heads heads, head_stride elements apart; cos_sin [rotary_dim]. */
 void rope_row(int type, void *x, int64_t head_stride, const float *cos_sin, int64_t num_heads, int64_t rotary_dim);
 /* x += y, rounded once. */
 void add_row(int type, void *x, const void *y, int64_t size);
+/* x *= factor, rounded once. */
+void scale_row(int type, void *x, float factor, int64_t size);
 /* kind: activation.c; x [size], or with gated [2 * size]; out [size]. */
 void activation_row(int type, int kind, int gated, const void *x, void *out, int64_t size);
 /* y [size] *= sigmoid(x . weight), both [inner]. */

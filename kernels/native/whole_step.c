@@ -15,12 +15,13 @@
 typedef struct {
     const void *embedding;          /* rows of the tokens [first_token, first_token + num_embedded), */
     const Weight *packed_embedding; /* or packed; neither: x is given */
-    const void *norm;               /* [hidden], or null */
+    const void *learned;            /* a row for every position, added to its token's; or null */
     const Weight *head;             /* of the tokens from first_output on; or null: hidden states are all that is wanted */
     const float *const *rotations;  /* tables [positions, rotary_dims[i]] */
     const int64_t *rotary_dims;
+    Norm norm; /* before the head */
     int64_t type, num_layers, num_rotations, hidden, first_token, num_embedded, first_output;
-    float eps, offset; /* of the norm */
+    float embed_scale, softcap; /* of embeddings and logits; 0: none */
 } Model;
 
 /* cos_sins[i] [num_tokens, rotary_dims[i]]; rows: the tokens that sample, [num_rows]; normed [num_rows, hidden]; logits [num_rows,
@@ -56,13 +57,24 @@ static void look_up(const Model *m, const Work *w) {
     }
 }
 
+/* What becomes of the embeddings of all ranks: scaled, then with their positions. */
+static void finish_embeddings(const Model *m, const Work *w) {
+    const int64_t row = m->hidden * element_size((int)m->type);
+    for (int64_t t = 0; t < w->num_tokens; t++) {
+        if (m->embed_scale != 0.0f) scale_row((int)m->type, w->x + t * row, m->embed_scale, m->hidden);
+        if (m->learned) add_row((int)m->type, w->x + t * row, (const char *)m->learned + w->positions[t] * row, m->hidden);
+    }
+}
+
 static int begin(const Model *m, const Work *w) {
     for (int64_t i = 0; i < m->num_rotations; i++)
         for (int64_t t = 0, dim = m->rotary_dims[i]; t < w->num_tokens; t++)
             memcpy(w->cos_sins[i] + t * dim, m->rotations[i] + w->positions[t] * dim, (size_t)dim * sizeof(float));
     if (!m->embedding && !m->packed_embedding) return SHOAL_OK;
     look_up(m, w);
-    return add_up(w->ranks, w->x);
+    const int status = add_up(w->ranks, w->x);
+    if (!status) finish_embeddings(m, w);
+    return status;
 }
 
 /* The best of all ranks' best: the first among equals, of the lowest tokens; the first that is no number, when there is one. */
@@ -87,28 +99,30 @@ static int compare(const Work *w) {
 #endif
 }
 
+/* Where the best logit of a row is, and what it is. */
+static int64_t best_of_row(const Model *m, const char *logits, int64_t columns, float *value) {
+    const int type = (int)m->type;
+    if (m->softcap != 0.0f) return largest_capped_of_row(type, logits, columns, m->softcap, value);
+    const int64_t column = largest_of_row(type, logits, columns);
+    *value = load_part(logits + column * element_size(type), type, 1)[0];
+    return column;
+}
+
 static int end(const Model *m, const Work *w, int threads) {
     const int type = (int)m->type;
     const int64_t size = element_size(type), row = m->hidden * size;
-    if (!m->head) {
-        for (int64_t t = 0; t < w->num_tokens; t++) add_row(type, w->x + t * row, w->branch + t * row, m->hidden);
-        return SHOAL_OK;
-    }
-    if (!w->num_rows) return SHOAL_OK;
+    if (!m->head || !w->num_rows) return SHOAL_OK;
     for (int64_t r = 0; r < w->num_rows; r++) {
-        char *normed = w->normed + r * row;
-        memcpy(normed, w->branch + w->rows[r] * row, (size_t)row);
-        add_row(type, normed, w->x + w->rows[r] * row, m->hidden);
-        if (m->norm) rms_norm_row(type, normed, m->norm, normed, m->hidden, m->eps, m->offset);
+        const char *x = w->x + w->rows[r] * row;
+        if (m->norm.weight) normalise_row(&m->norm, type, x, w->normed + r * row);
+        else memcpy(w->normed + r * row, x, (size_t)row);
     }
     const int64_t columns = m->head->columns;
     shoal_multiply(m->head, w->normed, m->hidden, m->head->bias, w->logits, columns, w->num_rows, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && w->num_rows > 1 && w->num_rows * columns > 65536)
     for (int64_t r = 0; r < w->num_rows; r++) {
         const char *logits = w->logits + r * columns * size;
-        const int64_t column = largest_of_row(type, logits, columns);
-        w->best[r] = m->first_output + column;
-        w->values[r] = load_part(logits + column * size, type, 1)[0];
+        w->best[r] = m->first_output + best_of_row(m, logits, columns, &w->values[r]);
     }
     return w->ranks ? compare(w) : SHOAL_OK;
 }
@@ -118,6 +132,6 @@ static int end(const Model *m, const Work *w, int threads) {
 int shoal_whole_step(const Model *m, const Work *w, const Layer *layers, int64_t first, int64_t count, int threads) {
     int status = first ? SHOAL_OK : begin(m, w);
     if (!status)
-        status = shoal_fused_layers(layers, count, w->steps, (const float *const *)w->cos_sins, w->x, w->branch, first > 0, w->ranks, w->scratch, threads);
+        status = shoal_fused_layers(layers, count, w->steps, (const float *const *)w->cos_sins, w->x, w->branch, w->ranks, w->scratch, threads);
     return !status && first + count == m->num_layers ? end(m, w, threads) : status;
 }

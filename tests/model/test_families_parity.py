@@ -29,12 +29,13 @@ def load_stage(
     *,
     deterministic: bool = False,
     quantization: Quantization = "none",
+    dtype: torch.dtype = torch.float32,
 ) -> Stage:
     """The whole model of a checkpoint as one stage."""
     spec, family = load_spec(folder)
     [shard] = shard_model(spec, ParallelConfig(), quantization)
     with Checkpoint(folder) as checkpoint:
-        weights = load_parameters(checkpoint, family, spec, shard, torch.float32, "cpu")
+        weights = load_parameters(checkpoint, family, spec, shard, dtype, "cpu")
     weights = prepare_weights(weights, native_library(), head_is_shared=head_is_shared(spec, shard))
     group = SingleCommunicator("tensor")
     return Stage(spec, shard, weights, group, deterministic=deterministic, max_model_len=max_model_len)

@@ -11,7 +11,10 @@ from shoal.kernels.build import native_library
 from shoal.kernels.fused_layers import FusedLayers
 from tests.model.paged import PagedModel
 from tests.model.test_families_parity import load_stage, stage_logits
-from tests.model.tiny_models import make_model
+from tests.model.tiny_models import CONFIGS, make_model
+
+STEPS_APART = {"opt_350m": "matrices around the layers: embeddings of another size than hidden states"}
+LAYERS_APART = {"qwen3_moe": "a router of 7 rows, fewer than C packs; models have 8 experts and more"}
 
 
 def test_whole_layers_give_the_bits_of_single_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +38,16 @@ def test_whole_layers_give_the_bits_of_single_ones(tmp_path: Path, monkeypatch: 
     assert calls == [20, 1, 9], "neither limit let any step through"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "llama_dynamic", "mistral", "qwen2", "qwen3", "phi3", "mixtral"])
-def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_steps_give_the_bits_of_single_operations(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of every family; where the step has to be taken apart, of its layers."""
     if native_library() is None:
         pytest.skip("no C compiler here")
-    stage = load_stage(make_model(name, tmp_path))
+    folder = make_model(name, tmp_path)
+    stage, single = (load_stage(folder, deterministic=True, dtype=dtype) for _ in range(2))
+    for layer in single.layers.values():
+        layer.fused_mixer = layer.fused_ffn = None
     apart, whole = (PagedModel(stage.spec, [stage], 4) for _ in range(2))
     for model in (apart, whole):
         model.add("a", list(range(3, 33)))
@@ -47,11 +55,17 @@ def test_whole_steps_give_the_bits_of_their_parts(name: str, tmp_path: Path) -> 
     for plan in ([("a", 20), ("b", 3)], [("a", 1), ("b", 1)], [("b", 1), ("a", 4)], [("a", 1)]):
         first, second = (model.batch(plan) for model in (apart, whole))
         stops = first.cu_seqlens_q[1:]
-        hidden = stage.forward(first, stage.embed(first), apart.caches[0])
-        want = stage.head_shard(hidden[stops.long() - 1])
-        got, _ = stage.step(second, [stop - 1 for stop in stops.tolist()], whole.caches[0])
-        assert torch.equal(got.head_RV, want)
-        assert got.best == want.argmax(-1).tolist() and got.values == want.amax(-1).tolist()
+        hidden = single.forward(first, single.embed(first), apart.caches[0])
+        want = single.head_shard(hidden[stops.long() - 1])
+        assert bool(stage.runs(whole.caches[0])) == (name not in LAYERS_APART)
+        assert (stage.whole(second, whole.caches[0]) is None) == (name in STEPS_APART | LAYERS_APART)
+        if name in STEPS_APART | LAYERS_APART:
+            assert torch.equal(stage.forward(second, stage.embed(second), whole.caches[0]), hidden)
+        else:
+            got, _ = stage.step(second, [stop - 1 for stop in stops.tolist()], whole.caches[0])
+            logits = single.shard_logits(want.clone())
+            assert torch.equal(got.head_RV, want)
+            assert got.best == logits.argmax(-1).tolist() and got.values == logits.amax(-1).tolist()
         for model in (apart, whole):
             for sequence_name, count in plan:
                 model.sequences[sequence_name].num_computed += count
@@ -71,14 +85,6 @@ def test_a_whole_step_of_many_weights_shows_signs_of_life(tmp_path: Path, monkey
         told.clear()
     first, second = outputs
     assert torch.equal(first.head_RV, second.head_RV) and first.best == second.best
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama_bias", "qwen2_moe"])
-def test_models_with_more_to_them_have_no_whole_steps(name: str, tmp_path: Path) -> None:
-    stage = load_stage(make_model(name, tmp_path))
-    model = PagedModel(stage.spec, [stage], 4)
-    model.add("a", [5, 6, 7])
-    assert stage.whole(model.batch([("a", 3)]), model.caches[0]) is None
 
 
 def test_long_steps_are_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,28 +5,37 @@ said when a rank does not come, means something else, or keeps the others waitin
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
 
 from shoal.configs.schema import ParallelConfig
 from shoal.kernels.build import load_native
-from shoal.model import decoder
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
 from shoal.model.parameters import head_is_shared
 from shoal.model.prepare import prepare_weights
 from shoal.model.shard import shard_model
+from shoal.model.spec import GatedFfn
 from shoal.parallel.activity import Activity, watch_mesh
 from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.mesh import Mesh, make_mesh
 from tests.model.paged import PagedModel
-from tests.model.specs import SPECS, VOCAB, moe, plain
+from tests.model.specs import SPECS, VOCAB, moe, normed_residual, plain
 from tests.ranks import Ranks, run_ranks
 
 NATIVE = load_native("auto")
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="no C compiler")
-MODELS = SPECS | {"experts": lambda: plain(4, 2, ffn=moe(num_experts=9))}
+SHARED = GatedFfn(intermediate_size=24, activation="silu")
+MODELS = SPECS | {
+    "normed": lambda: msgspec.structs.replace(normed_residual(), embed_size=None),
+    "experts": lambda: plain(4, 2, ffn=moe(num_experts=9)),
+    "experts-shared": lambda: plain(4, 2, ffn=moe(num_experts=9, shared=SHARED, shared_gate=True)),
+}
 PLANS = ([("a", 20), ("b", 3)], [("a", 1), ("b", 1)], [("b", 1), ("a", 4)], [("a", 1)])
+STEPS_APART = {"normed-residual": "matrices around the layers: embeddings of another size than hidden states"}
+FEW_EXPERTS = "a router of 7 rows, fewer than C packs; models have 8 experts and more"
+LAYERS_APART = {"olmo": "norms of the heads of all ranks at once", "moe": FEW_EXPERTS, "moe-shared": FEW_EXPERTS}
 ALL_BUT_ONE = ("a", 20)  # of the first plan's tokens: a row that samples nothing
 
 
@@ -41,7 +50,14 @@ def make_stage(name: str, mesh: Mesh, dtype: torch.dtype, **options: object) -> 
     shard = shard_model(spec, parallel)[mesh.rank]
     weights = dummy_parameters(spec, shard, dtype, torch.device("cpu"), seed=1)
     weights = prepare_weights(weights, load_native("require"), head_is_shared=head_is_shared(spec, shard))
-    return Stage(spec, shard, weights, mesh.tensor)
+    return Stage(spec, shard, weights, mesh.tensor, deterministic=True)
+
+
+def make_single(stage: Stage) -> Stage:
+    """The same stage, single operations only."""
+    for layer in stage.layers.values():
+        layer.fused_mixer = layer.fused_ffn = None
+    return stage
 
 
 def make_model(stage: Stage) -> PagedModel:
@@ -58,21 +74,17 @@ def advance(model: PagedModel, plan: list[tuple[str, int]]) -> None:
 
 def apart(stage: Stage, model: PagedModel, plan: list[tuple[str, int]], rows: list[int], mesh: Mesh) -> torch.Tensor:
     """What single operations give: the hidden states, or this rank's shard of the logits."""
-    before, decoder.FEW_TOKENS = decoder.FEW_TOKENS, 0
-    try:
-        batch = model.batch(plan)
-        assert stage.whole(batch, model.caches[0]) is None
-        if stage.shard.has_embedding:
-            hidden = stage.embed(batch)
-        else:
-            hidden = mesh.pipeline.recv(torch.empty((batch.num_tokens, stage.spec.hidden_size), dtype=stage.dtype), 0)
-        hidden = stage.forward(batch, hidden, model.caches[0])
-        if not stage.shard.has_head:
-            mesh.pipeline.send(hidden, 1)
-            return hidden
-        return stage.head_shard(hidden[rows])
-    finally:
-        decoder.FEW_TOKENS = before
+    batch = model.batch(plan)
+    assert stage.whole(batch, model.caches[0]) is None
+    if stage.shard.has_embedding:
+        hidden = stage.embed(batch)
+    else:
+        hidden = mesh.pipeline.recv(torch.empty((batch.num_tokens, stage.spec.hidden_size), dtype=stage.dtype), 0)
+    hidden = stage.forward(batch, hidden, model.caches[0])
+    if not stage.shard.has_head:
+        mesh.pipeline.send(hidden, 1)
+        return hidden
+    return stage.head_shard(hidden[rows])
 
 
 def whole(stage: Stage, model: PagedModel, plan: list[tuple[str, int]], rows: list[int], mesh: Mesh) -> torch.Tensor:
@@ -94,14 +106,14 @@ def compare(ranks: Ranks, name: str, tensor: int, dtype: str, threads: int, opti
     torch.set_num_threads(threads)
     mesh = join(ranks, tensor, ranks.world_size // tensor)
     try:
-        stage = make_stage(name, mesh, getattr(torch, dtype), **options)
-        models, equal = [make_model(stage) for _ in range(2)], True
+        stage, single = (make_stage(name, mesh, getattr(torch, dtype), **options) for _ in range(2))
+        single, models, equal = make_single(single), [make_model(stage) for _ in range(2)], True
         for plan in PLANS:
             rows, stop = [], 0
             for row in plan:
                 stop += row[1]
                 rows += [] if row == ALL_BUT_ONE else [stop - 1]
-            want = apart(stage, models[0], plan, rows, mesh).clone()
+            want = apart(single, models[0], plan, rows, mesh).clone()
             equal &= torch.equal(whole(stage, models[1], plan, rows, mesh), want)
             for model in models:
                 advance(model, plan)
@@ -118,8 +130,18 @@ def compare(ranks: Ranks, name: str, tensor: int, dtype: str, threads: int, opti
         ("heads-5-1", 2, 2, "float32", 2, {}),
         ("heads-5-1", 3, 3, "bfloat16", 2, {"tensor_weights": [2.0, 1.0, 1.0]}),
         ("experts", 2, 2, "float32", 1, {}),
-        ("experts", 2, 2, "bfloat16", 2, {"expert": True}),
+        ("experts-shared", 2, 2, "bfloat16", 2, {"expert": True}),
+        ("experts-shared", 3, 3, "float32", 1, {}),
+        ("gemma", 2, 2, "float32", 2, {}),
+        ("gemma", 3, 3, "bfloat16", 1, {}),
+        ("learned", 2, 2, "bfloat16", 1, {}),
+        ("learned", 3, 3, "float32", 1, {}),
+        ("parallel-residual", 2, 2, "bfloat16", 2, {}),
+        ("parallel-residual", 3, 3, "float32", 1, {}),
+        ("normed", 2, 2, "bfloat16", 1, {}),
         ("heads-6-2", 1, 2, "float32", 1, {}),
+        ("gemma", 1, 2, "bfloat16", 1, {}),
+        ("learned", 1, 2, "float32", 1, {}),
         ("heads-6-2", 2, 4, "bfloat16", 1, {}),
     ],
 )
@@ -127,6 +149,24 @@ def test_whole_steps_of_ranks_give_the_bits_of_their_parts(
     name: str, tensor: int, world_size: int, dtype: str, threads: int, options: dict[str, object]
 ) -> None:
     assert run_ranks(world_size, compare, name, tensor, dtype, threads, options) == [True] * world_size
+
+
+def wholes(ranks: Ranks) -> dict[str, list[bool]]:
+    """Of every model, whether its layers and its steps are whole on two ranks."""
+    mesh, found = join(ranks, 2), {}
+    for name in MODELS:
+        stage = make_stage(name, mesh, torch.bfloat16)
+        model = make_model(stage)
+        batch = model.batch([("a", 1)])
+        found[name] = [bool(stage.runs(model.caches[0])), stage.whole(batch, model.caches[0]) is not None]
+    mesh.close()
+    return found
+
+
+def test_which_models_are_whole_on_ranks() -> None:
+    apart = STEPS_APART | LAYERS_APART
+    want = {name: [name not in LAYERS_APART, name not in apart] for name in MODELS}
+    assert run_ranks(2, wholes) == [want] * 2
 
 
 def step_once(stage: Stage, plan: list[tuple[str, int]]) -> None:

@@ -49,7 +49,7 @@ LLAMA3 = rope(
     "llama3", 500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 GEMMA: dict[str, Any] = {**SIZES, "head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 7}
-MOE: dict[str, Any] = {**SIZES, "moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3}
+MOE: dict[str, Any] = {**SIZES, "moe_intermediate_size": 24, "num_experts": 11, "num_experts_per_tok": 3}
 NO_GQA: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
@@ -103,7 +103,9 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **MOE, shared_expert_intermediate_size=40, mlp_only_layers=[1], norm_topk_prob=False
     ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**MOE, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **{**MOE, "num_experts": 7}, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
+    ),
 }
 
 
