@@ -264,10 +264,10 @@ def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path, timeo
                 objects = _objects(command, _version(compiler), sources, target.parent, timeout_s)
                 _run([*command, "-shared", "-o", str(temporary), *map(str, objects), "-lm"], timeout_s)
             except NativeBuildError as error:
-                if failure is None:
-                    logger.warning("The C kernels do not compile with %s: %s", shlex.join(optional), error)
                 failure = failure or error
                 continue
+            if failure is not None:
+                logger.warning("The C kernels are slower than they could be: %s", failure)
             os.replace(temporary, target)
             _forget_old(target.parent)
             return

@@ -8,8 +8,8 @@
 
 #include "vector.h"
 
-/* SHOAL_NO_AMX: the process may not use what the processor has. */
-#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(SHOAL_NO_AMX)) || defined(SHOAL_EMULATE_AMX)
+/* SHOAL_NO_AMX: the process may not use what the processor has. What is around the tiles comes in pairs. */
+#if MULTIPLIES_PAIRS && ((defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(SHOAL_NO_AMX)) || defined(SHOAL_EMULATE_AMX))
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0
@@ -75,6 +75,11 @@ INLINE void amx_multiply(int c, int a, int b) {
 #define AMX_STORE(T, TO, STEP) amx_store(T, (char *)(TO), STEP)
 #define AMX_ZERO(T) memset(&amx_tiles[T], 0, sizeof amx_tiles[T])
 #define AMX_MULTIPLY(C, A, B) amx_multiply(C, A, B)
+
+#else
+
+INLINE void amx_begin(void) {}
+INLINE void amx_end(void) {}
 
 #endif
 #endif

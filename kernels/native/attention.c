@@ -188,13 +188,9 @@ INLINE void attend(const AttentionWork *w, Scratch *s, int type, int64_t *next) 
 
 static void attend_f32(const AttentionWork *w, Scratch *s, int64_t *next) { attend(w, s, F32, next); }
 static void attend_bf16(const AttentionWork *w, Scratch *s, int64_t *next) {
-#if HAS_AMX
     amx_begin();
     attend(w, s, BF16, next);
     amx_end();
-#else
-    attend(w, s, BF16, next);
-#endif
 }
 static void attend_f16(const AttentionWork *w, Scratch *s, int64_t *next) { attend(w, s, F16, next); }
 

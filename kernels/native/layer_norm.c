@@ -2,12 +2,9 @@
 #include "rows.h"
 #include "vector.h"
 
-/* LANES elements at p, or the n there are. */
-INLINE vf some(const char *p, int type, int64_t n) { return n >= LANES ? load(p, type) : load_part(p, type, n); }
-
 /* x less `centre` where there is an element, zeros elsewhere. */
 INLINE vf centred(const char *p, int type, int64_t n, float centre) {
-    vf v = some(p, type, n) - splat(centre);
+    vf v = load_some(p, type, n) - splat(centre);
     for (int64_t lane = n; lane < LANES; lane++) v[lane] = 0.0f;
     return v;
 }
@@ -29,10 +26,9 @@ INLINE void norm_row(int type, const char *x, const char *weight, const char *bi
     const vf factor = splat(1.0f / sqrtf(mean(type, x, size, centre, 1) + eps));
     for (int64_t i = 0; i < size; i += LANES) {
         const int64_t n = size - i;
-        vf v = centred(x + i * step, type, n, centre) * factor * some(weight + i * step, type, n);
-        if (bias) v += some(bias + i * step, type, n);
-        if (n >= LANES) store(out + i * step, type, v);
-        else store_part(out + i * step, type, v, n);
+        vf v = centred(x + i * step, type, n, centre) * factor * load_some(weight + i * step, type, n);
+        if (bias) v += load_some(bias + i * step, type, n);
+        store_some(out + i * step, type, v, n);
     }
 }
 

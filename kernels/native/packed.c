@@ -142,9 +142,9 @@ INLINE void finish(int type, const Weight *w, const Rows *p, int64_t row, int64_
     char *y = (char *)p->y + (row * p->y_stride + first) * size;
     vf bias[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
-        const int64_t left = w->columns - first - v * LANES, n = left < 0 ? 0 : left < LANES ? left : LANES;
+        const int64_t left = w->columns - first - v * LANES, n = left < 0 ? 0 : left;
         const char *from = (const char *)w->bias + (first + v * LANES) * size;
-        bias[v] = !w->bias || n == 0 ? splat(0.0f) : n == LANES ? load(from, type) : load_part(from, type, n);
+        bias[v] = !w->bias || n == 0 ? splat(0.0f) : load_some(from, type, n);
     }
     for (int64_t r = 0; r < rows; r++, y += p->y_stride * size, sums += PANEL)
         for (int v = 0; v < VECTORS; v += 2) {
@@ -184,6 +184,7 @@ static void block_f32(const Weight *w, const Rows *p, int64_t row, int64_t rows,
 #if HAS_AMX
 #include "packed_amx.h"
 #else
+#define TILE_OF_BF16 TILE_ROWS
 INLINE int64_t rows_of_bf16(int64_t inner) { return (void)inner, ROWS; }
 static void block_bf16(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
     block(BF16, w, p, row, rows, panel, panels, s);
@@ -193,21 +194,24 @@ static void block_f16(const Weight *w, const Rows *p, int64_t row, int64_t rows,
     block(F16, w, p, row, rows, panel, panels, s);
 }
 
-/* Tasks are taken as threads come, a block of rows after the other for the same panels, which then are in the cache. */
+INLINE int64_t share(int64_t count, int64_t parts) { return (count + parts - 1) / parts; }
+
+/* Tasks are taken as threads come, all panels for a block of rows, which then is in the cache. */
 void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads) {
     static _Thread_local Scratch scratch;
+    if (p->rows == 0 || w->columns == 0) return;
     void (*const compute)(const Weight *, const Rows *, int64_t, int64_t, int64_t, int64_t, Scratch *) =
         w->type == F32 ? block_f32 : w->type == BF16 ? block_bf16 : block_f16;
-    const int64_t most = w->type == BF16 ? rows_of_bf16(w->inner) : ROWS; /* of a block */
-    const int64_t all = (w->columns + PANEL - 1) / PANEL, row_blocks = (p->rows + most - 1) / most;
+    const int64_t most = w->type == BF16 ? rows_of_bf16(w->inner) : ROWS, tile = w->type == BF16 ? TILE_OF_BF16 : TILE_ROWS;
+    const int64_t row_blocks = share(p->rows, most), rows = share(share(p->rows, row_blocks), tile) * tile; /* as equal as can be */
+    const int64_t all = share(w->columns, PANEL);
     int64_t panels = all / (threads * 4);
     panels = panels < 1 ? 1 : panels > PANELS ? PANELS : panels;
-    const int64_t tasks = row_blocks * ((all + panels - 1) / panels);
+    const int64_t groups = share(all, panels);
     for (;;) {
-        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        if (i >= tasks) break;
-        const int64_t row = i % row_blocks * most, panel = i / row_blocks * panels;
-        compute(w, p, row, p->rows - row < most ? p->rows - row : most, panel, all - panel < panels ? all - panel : panels, &scratch);
+        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), row = i / groups * rows, panel = i % groups * panels;
+        if (row >= p->rows) break;
+        compute(w, p, row, p->rows - row < rows ? p->rows - row : rows, panel, all - panel < panels ? all - panel : panels, &scratch);
     }
 }
 

@@ -4,9 +4,11 @@
  * not make a whole tile, or whose positions do not: those are copied. An element of y is the sum over blocks of 32 positions in rising
  * order, of which the even ones and the odd ones are summed apart: the instruction's own order, whatever the rows.
  */
-#define AMX_BLOCK 256            /* most rows of a block of x, */
-#define AMX_BLOCK_BYTES 786432   /* which stays in the second-level cache beside the panels that go by */
-#define AMX_DEPTH 512            /* positions of a block: a panel's block stays in the first-level cache beside x's rows */
+#define AMX_BLOCK 256          /* most rows of a block of x, */
+#define AMX_BLOCK_BYTES 786432 /* which stays in the second-level cache beside the panels that go by */
+#define AMX_DEPTH 512          /* positions of a block: a panel's block stays in the first-level cache beside x's rows */
+
+#define TILE_OF_BF16 (2 * AMX_ROWS)
 
 /* Rows of a block of x: whole pairs of tiles. */
 INLINE int64_t rows_of_bf16(int64_t inner) {
@@ -42,26 +44,37 @@ static AmxRows amx_rows(const Weight *w, const Rows *p, int64_t row, int64_t row
     return found;
 }
 
-/* sums [16 or 32][32] (+)= rows of x . panel over `count` positions: of one tile of rows, or two. x: where the tiles of rows begin; step:
- * bytes between their rows. Meanwhile `calls` lines of the cache are called for per 32 positions, from `next` on. */
-INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const char *panel, int64_t count, int first, float *sums,
-                           const char *next, int calls, int tiles) {
-    float *low = sums + AMX_ROWS * PANEL;
-    if (first) {
+/* What is called for while some rows are multiplied, a little per 32 positions: `lines` of the cache from `next` on, and the beginnings of
+ * two rows of y, or null. */
+typedef struct {
+    const char *next, *y;
+    int64_t y_step;
+} Calls;
+
+/* to [16 or 32][32] = sums before, or zeros, + rows of x . panel over `count` positions: of one tile of rows, or two. x: where the tiles of
+ * rows begin; step: bytes between their rows. lines and tiles are constants here. */
+INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const char *panel, int64_t count, const float *before, float *to,
+                           Calls calls, int lines, int tiles) {
+    const float *low = before + AMX_ROWS * PANEL;
+    if (!before) {
         AMX_ZERO(0);
         AMX_ZERO(1);
         AMX_ZERO(2);
         AMX_ZERO(3);
     } else {
-        AMX_LOAD(0, sums, 4 * PANEL);
-        AMX_LOAD(1, sums + AMX_PAIRS, 4 * PANEL);
+        AMX_LOAD(0, before, 4 * PANEL);
+        AMX_LOAD(1, before + AMX_PAIRS, 4 * PANEL);
         if (tiles == 2) {
             AMX_LOAD(2, low, 4 * PANEL);
             AMX_LOAD(3, low + AMX_PAIRS, 4 * PANEL);
         }
     }
     for (int64_t at = 0; at < count * 2; at += 64, panel += 64 * PANEL) {
-        for (int i = 0; i < calls; i++, next += 64) __builtin_prefetch(next);
+        for (int i = 0; i < lines; i++, calls.next += 64) {
+            if (lines == PANEL) __builtin_prefetch(calls.next);
+            else __builtin_prefetch(calls.next, 0, 2); /* not into the first-level cache: the block in use fills it */
+        }
+        for (int i = 0; i < 2 && calls.y; i++, calls.y += calls.y_step) __builtin_prefetch(calls.y, 1);
         AMX_LOAD(6, panel, 4 * PANEL);
         AMX_LOAD(4, x[0] + at, step[0]);
         AMX_MULTIPLY(0, 4, 6);
@@ -73,47 +86,58 @@ INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const 
             AMX_MULTIPLY(3, 5, 7);
         }
     }
-    AMX_STORE(0, sums, 4 * PANEL);
-    AMX_STORE(1, sums + AMX_PAIRS, 4 * PANEL);
+    AMX_STORE(0, to, 4 * PANEL);
+    AMX_STORE(1, to + AMX_PAIRS, 4 * PANEL);
     if (tiles == 2) {
-        AMX_STORE(2, low, 4 * PANEL);
-        AMX_STORE(3, low + AMX_PAIRS, 4 * PANEL);
+        AMX_STORE(2, to + AMX_ROWS * PANEL, 4 * PANEL);
+        AMX_STORE(3, to + AMX_ROWS * PANEL + AMX_PAIRS, 4 * PANEL);
     }
 }
 
-/* All rows with a block of one panel. One group of rows waits for memory and calls for what it needs soon; of several, the first two call
- * for the next block, which then comes while the others compute. */
-INLINE void amx_strip(const AmxRows *a, int64_t rows, int64_t from, const char *panel, int64_t count, float *sums) {
-    const int64_t bytes = count * PANEL * 2;
-    for (int64_t r = 0, left; (left = rows - r) > 0; r += 2 * AMX_ROWS) {
-        const char *x[2];
-        int64_t step[2];
-        for (int i = 0; i < 2; i++) {
-            const int64_t row = r + i * AMX_ROWS, copied = row >= a->whole;
-            step[i] = copied ? a->copied_step : a->x_step;
-            x[i] = (copied ? a->copied + (row - a->whole) * step[i] : a->x + row * step[i]) + from * 2;
-        }
-        float *to = sums + r * PANEL;
-        const int one = left <= AMX_ROWS, alone = rows <= 2 * AMX_ROWS;
-        if (alone && one) multiply_tiles(x, step, panel, count, from == 0, to, panel + AHEAD, PANEL, 1);
-        else if (alone) multiply_tiles(x, step, panel, count, from == 0, to, panel + AHEAD, PANEL, 2);
-        else if (one) multiply_tiles(x, step, panel, count, from == 0, to, panel, 0, 1);
-        else if (r < 4 * AMX_ROWS) multiply_tiles(x, step, panel, count, from == 0, to, panel + bytes + r / AMX_ROWS * bytes / 4, PANEL / 2, 2);
-        else multiply_tiles(x, step, panel, count, from == 0, to, panel, 0, 2);
+/* Rows r to r + 31 of a block of `rows`, as far as they are there, with a block of a panel: the sums before into `to`. One group of rows
+ * waits for memory and calls for what it needs soon; of several, the first ones call for the next block, which then comes while they compute. */
+INLINE void amx_group(const AmxRows *a, int64_t rows, int64_t r, int64_t from, const char *panel, int64_t count, const float *before, float *to,
+                      char *y, int64_t y_step) {
+    const int64_t groups = (rows + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS), callers = groups < 4 ? 2 : 4;
+    const int one = rows - r <= AMX_ROWS, group = (int)(r / (2 * AMX_ROWS));
+    const char *x[2];
+    int64_t step[2];
+    for (int i = 0; i < 2; i++) {
+        const int64_t row = r + i * AMX_ROWS, copied = row >= a->whole;
+        step[i] = copied ? a->copied_step : a->x_step;
+        x[i] = (copied ? a->copied + (row - a->whole) * step[i] : a->x + row * step[i]) + from * 2;
     }
+    const char *next = groups == 1 ? panel + AHEAD : panel + (count + group * count / callers) * PANEL * 2;
+    const Calls calls = {next, y, y_step};
+#define MULTIPLY(LINES, TILES) multiply_tiles(x, step, panel, count, before, to, calls, LINES, TILES)
+    if (groups == 1 && one) MULTIPLY(PANEL, 1);
+    else if (groups == 1) MULTIPLY(PANEL, 2);
+    else if (one) MULTIPLY(0, 1);
+    else if (group >= callers) MULTIPLY(0, 2);
+    else if (callers == 2) MULTIPLY(PANEL / 2, 2);
+    else MULTIPLY(PANEL / 4, 2);
 }
 
 static void block_bf16(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
-    const int64_t inner = positions(BF16, w->inner);
+    const int64_t inner = positions(BF16, w->inner), blocks = (inner + AMX_DEPTH - 1) / AMX_DEPTH, step = p->y_stride * 2;
+    const int64_t depth = blocks ? (inner / (2 * AMX_PAIRS) + blocks - 1) / blocks * (2 * AMX_PAIRS) : 0; /* blocks as equal as they can be */
     const AmxRows a = amx_rows(w, p, row, rows, inner);
-    if (inner == 0) memset(s->sums, 0, sizeof s->sums);
+    float *whole = s->x; /* sums over all positions of some rows */
     amx_begin();
     for (int64_t i = panel; i < panel + panels; i++) {
-        for (int64_t from = 0; from < inner; from += AMX_DEPTH) {
+        int64_t from = 0;
+        do {
             const char *block = (const char *)w->data + (i * inner + from) * PANEL * 2;
-            amx_strip(&a, rows, from, block, inner - from < AMX_DEPTH ? inner - from : AMX_DEPTH, s->sums);
-        }
-        finish(BF16, w, p, row, rows, i, s->sums);
+            const int64_t count = inner - from < depth ? inner - from : depth;
+            const int last = from + count == inner;
+            for (int64_t r = 0; r < rows; r += 2 * AMX_ROWS) {
+                float *sums = s->sums + r * PANEL;
+                char *y = (char *)p->y + (row + r) * step + i * PANEL * 2;
+                amx_group(&a, rows, r, from, block, count, from ? sums : 0, last ? whole : sums, last ? y : 0, step);
+                if (last) finish(BF16, w, p, row + r, rows - r < 2 * AMX_ROWS ? rows - r : 2 * AMX_ROWS, i, whole);
+            }
+            from += count;
+        } while (from < inner);
     }
     amx_end();
 }

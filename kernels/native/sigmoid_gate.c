@@ -3,8 +3,6 @@
 #include "rows.h"
 #include "vector.h"
 
-INLINE vf some(const char *p, int type, int64_t n) { return n >= LANES ? load(p, type) : load_part(p, type, n); }
-
 INLINE vf rounded(int type, vf x) {
     char buffer[4 * LANES] __attribute__((aligned(64)));
     store(buffer, type, x);
@@ -15,14 +13,11 @@ INLINE void gate(int type, const char *x, const char *w, int64_t inner, char *y,
     const int64_t step = element_size(type);
     vf sums[4] = {0};
     for (int64_t i = 0, part = 0; i < inner; i += LANES, part = (part + 1) % 4)
-        sums[part] = multiply_add(some(x + i * step, type, inner - i), some(w + i * step, type, inner - i), sums[part]);
+        sums[part] = multiply_add(load_some(x + i * step, type, inner - i), load_some(w + i * step, type, inner - i), sums[part]);
     const vf logit = rounded(type, splat(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))));
     const vf factor = rounded(type, splat(1.0f) / (splat(1.0f) + exp_lanes(-logit)));
-    for (int64_t i = 0; i < size; i += LANES) {
-        const vf v = some(y + i * step, type, size - i) * factor;
-        if (size - i >= LANES) store(y + i * step, type, v);
-        else store_part(y + i * step, type, v, size - i);
-    }
+    for (int64_t i = 0; i < size; i += LANES)
+        store_some(y + i * step, type, load_some(y + i * step, type, size - i) * factor, size - i);
 }
 
 void sigmoid_gate_row(int type, const void *x, const void *weight, int64_t inner, void *y, int64_t size) {

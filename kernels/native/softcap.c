@@ -7,11 +7,8 @@ enum { BLOCK = 1024 }; /* capped at once on the way to the largest */
 INLINE void cap_some(int type, const char *x, float *out, int64_t size, float cap) {
     const int64_t step = element_size(type);
     for (int64_t i = 0; i < size; i += LANES) {
-        const int64_t n = size - i;
-        vf v = n >= LANES ? load(x + i * step, type) : load_part(x + i * step, type, n);
-        v = tanh_lanes(v / splat(cap)) * splat(cap);
-        if (n >= LANES) store(out + i, F32, v);
-        else store_part(out + i, F32, v, n);
+        const vf v = tanh_lanes(load_some(x + i * step, type, size - i) / splat(cap)) * splat(cap);
+        store_some(out + i, F32, v, size - i);
     }
 }
 

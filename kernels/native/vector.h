@@ -166,6 +166,14 @@ INLINE void store_part(void *p, int type, vf x, int64_t n) {
     memcpy(p, buffer, (size_t)(n * element_size(type)));
 }
 
+/* LANES elements at p, or the n > 0 there are. */
+INLINE vf load_some(const void *p, int type, int64_t n) { return n >= LANES ? load(p, type) : load_part(p, type, n); }
+
+INLINE void store_some(void *p, int type, vf x, int64_t n) {
+    if (n >= LANES) store(p, type, x);
+    else store_part(p, type, x, n);
+}
+
 /* Lanes 8 to 15, and lanes 4 to 7, brought to the front. */
 #if LANES == 16
 #define UPPER(x) SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15)

@@ -123,6 +123,30 @@ def test_a_compiler_without_openmp_or_march_still_builds(sandbox, tmp_path, monk
     assert answer(build.load_native("require")) == 42
 
 
+def test_slower_kernels_than_there_could_be_are_told_with_the_reason(sandbox, tmp_path, monkeypatch, caplog):
+    real = "".join(build.find_compiler())
+    refuse = 'for word; do [ "$word" = -march=native ] && echo "no such processor" >&2 && exit 1; done'
+    monkeypatch.setenv("CC", compiler_script(tmp_path, "oldcc", f'{refuse}\nexec {real} "$@"'))
+    with caplog.at_level(logging.WARNING, "shoal.kernels"):
+        assert answer(build.load_native("require")) == 42
+    [record] = caplog.records
+    assert "slower" in record.getMessage() and "no such processor" in record.getMessage()
+
+
+def test_where_tiles_are_refused_the_kernels_are_others(sandbox, monkeypatch):
+    (sandbox / "answer.c").write_text(
+        "#include <stdint.h>\n#ifdef SHOAL_NO_AMX\n#define MORE 2\n#else\n#define MORE 1\n#endif\n"
+        "int64_t shoal_answer(int64_t x) { return x + MORE; }\n"
+    )
+    found = []
+    for allowed, expected in ((True, 42), (False, 43)):
+        monkeypatch.setattr(build, "amx_allowed", lambda allowed=allowed: allowed)
+        library = build.load_native("require")
+        assert answer(library) == expected
+        found.append(library.fingerprint)
+    assert found[0] != found[1], "they compute other bits"
+
+
 def test_waiting_for_another_builder_is_bounded(sandbox, monkeypatch):
     done = build.build_native("require")
     done.path.unlink()

@@ -45,14 +45,14 @@ def test_errs_at_most_twice_as_much_as_torch(library, inner, columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("inner", "columns"), [(17, 9), (1031, 70)])
+@pytest.mark.parametrize(("inner", "columns"), [(17, 9), (544, 40), (1031, 70)])
 def test_a_rows_bits_depend_on_nothing_but_the_row(library, inner, columns, dtype):
-    x, weight, bias = tensors(200, inner, columns, dtype)
+    x, weight, bias = tensors(300, inner, columns, dtype)
     packed = PackedWeight(library, weight)
     whole = packed.multiply(x, bias, deterministic=True)
-    for rows in (*range(1, 35), 95, 96, 97, 192, 193):
+    for rows in (*range(1, 35), 95, 96, 97, 192, 193, 256, 257):
         assert torch.equal(packed.multiply(x[:rows], bias, deterministic=True), whole[:rows]), f"first {rows} rows"
-        assert torch.equal(packed.multiply(x[200 - rows :], bias, deterministic=True), whole[200 - rows :]), (
+        assert torch.equal(packed.multiply(x[300 - rows :], bias, deterministic=True), whole[300 - rows :]), (
             f"last {rows} rows"
         )
     threads = torch.get_num_threads()
