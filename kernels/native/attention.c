@@ -4,7 +4,7 @@
  * query each of neighbouring rows whose block tables begin alike, so that the tiles they share are read once for all. Keys are taken in tiles
  * of 64 anchored at position 0, tile by tile in rising order (attention_tile.h).
  * Every (query, head) has its own arithmetic in an order that its position alone decides: not the batch, the chunk, the blocks' size, what is
- * shared or the number of threads. Only the keys a query sees are read.
+ * shared or the number of threads. Only the keys a query sees count; AMX may read others of their blocks as well.
  */
 #include "attention_tile.h"
 
@@ -133,6 +133,9 @@ INLINE void start_item(const Attention *a, Scratch *s, int type, const Attention
                 memset(s->total + m * LANES, 0, sizeof(vf));
                 s->largest[m] = -INFINITY;
             }
+#if HAS_AMX
+    if (type == BF16) turn_queries(s, m);
+#endif
 }
 
 /* The outputs of the first `count` pairs, divided by their sums. */
@@ -140,7 +143,7 @@ INLINE void finish_item(const Attention *a, const Scratch *s, int type, int64_t 
     const int64_t size = element_size(type), dim = a->head_dim;
     for (int64_t m = 0; m < count; m++) {
         const Pair *p = s->pairs + m;
-        float factor = 1.0f, total = sum_lanes(*(const vf *)(s->total + m * LANES));
+        float factor = 1.0f, total = HAS_AMX && type == BF16 ? s->total[m] : sum_lanes(*(const vf *)(s->total + m * LANES));
         if (a->sinks) { /* one more term in the sum, with no value */
             float sink = a->sinks[p->head] * LOG2_E, largest = sink > s->largest[m] ? sink : s->largest[m];
             factor = exp2_lanes(splat(s->largest[m] - largest))[0];
@@ -153,9 +156,7 @@ INLINE void finish_item(const Attention *a, const Scratch *s, int type, int64_t 
             const int64_t n = dim - d < CHUNK(type) ? dim - d : CHUNK(type);
             vf value = *(const vf *)(o + d) * inverse;
             if (PAIRED(type)) {
-                vh even = float_to_brain(value), odd = float_to_brain(*(const vf *)(o + d + LANES) * inverse);
-                vu pairs = __builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16;
-                store_pairs(out + d * size, pairs, n);
+                store_pairs(out + d * size, lanes_to_pairs(value, *(const vf *)(o + d + LANES) * inverse), n);
             } else if (n == LANES) store(out + d * size, type, value);
             else store_part(out + d * size, type, value, n);
         }
@@ -249,19 +250,20 @@ int attention_begin(AttentionWork *w, const Attention *a, int type, const int32_
     for (int64_t row = 0, rows; row < num_rows; row += rows) {
         int64_t tiles;
         rows = sharing_rows(a, row, num_rows, run, &tiles);
-        for (int64_t first = a->cu_seqlens_q[row]; first < a->cu_seqlens_q[row + 1]; first += run) {
-            const int64_t left = a->cu_seqlens_q[row + 1] - first, queries = left < run ? left : run, pairs = rows * queries * most;
-            int64_t kvs = a->num_kv_heads / least;
-            if (kvs * pairs > ITEM_PAIRS) kvs = ITEM_PAIRS / pairs;
-            if (kvs * head_bytes > TILE_BYTES) kvs = TILE_BYTES / head_bytes;
-            kvs = kvs < 1 ? 1 : kvs;
-            if (pairs * kvs > w->pairs) w->pairs = pairs * kvs;
-            for (int64_t kv = 0; kv < a->num_kv_heads; kv += kvs)
+        const int64_t queries = num_queries(a, row) < run ? num_queries(a, row) : run, pairs = rows * queries * most;
+        int64_t kvs = a->num_kv_heads / least;
+        if (kvs * pairs > ITEM_PAIRS) kvs = ITEM_PAIRS / pairs;
+        if (kvs * head_bytes > TILE_BYTES) kvs = TILE_BYTES / head_bytes;
+        kvs = kvs < 1 ? 1 : kvs;
+        if (pairs * kvs > w->pairs) w->pairs = pairs * kvs;
+        for (int64_t kv = 0; kv < a->num_kv_heads; kv += kvs) /* all queries for the same heads: their keys stay in the cache */
+            for (int64_t first = a->cu_seqlens_q[row]; first < a->cu_seqlens_q[row + 1]; first += run) {
+                const int64_t left = a->cu_seqlens_q[row + 1] - first;
                 w->items[w->num_items++] =
-                    (AttentionItem){.row = (int32_t)row, .rows = (int32_t)rows, .first = (int32_t)first, .queries = (int32_t)queries,
-                                    .tiles = (int32_t)tiles, .kv = (int32_t)kv,
+                    (AttentionItem){.row = (int32_t)row, .rows = (int32_t)rows, .first = (int32_t)first,
+                                    .queries = (int32_t)(left < run ? left : run), .tiles = (int32_t)tiles, .kv = (int32_t)kv,
                                     .kvs = (int32_t)(a->num_kv_heads - kv < kvs ? a->num_kv_heads - kv : kvs)};
-        }
+            }
     }
     return 0;
 }
@@ -272,12 +274,11 @@ INLINE int64_t scratch_width(const AttentionWork *w) {
     const int64_t chunk = HAS_AMX && w->type == BF16 ? 2 * AMX_PAIRS : CHUNK(w->type);
     return (w->a.head_dim + chunk - 1) / chunk * chunk;
 }
-/* AMX reads as many rows of queries as a tile has, wherever it begins. */
-INLINE int64_t scratch_rows(const AttentionWork *w) { return (w->pairs + SCORE_ROWS + LANES - 1) / LANES * LANES; }
+INLINE int64_t scratch_rows(const AttentionWork *w) { return (w->pairs + SPARE_ROWS + LANES - 1) / LANES * LANES; }
 
 int64_t attention_scratch_bytes(const AttentionWork *w) {
     const int64_t width = scratch_width(w), rows = scratch_rows(w);
-    const int64_t floats = rows * (2 * width + 1 + LANES) + 2 * TILE * width + SCORE_ROWS * (TILE + width);
+    const int64_t floats = rows * (2 * width + 1 + LANES) + 2 * TILE * width + SCORE_ROWS * TILE + SPARE_ROWS * width;
     return (int64_t)sizeof(float) * floats + rows * (int64_t)sizeof(Pair);
 }
 
@@ -289,10 +290,10 @@ float *make_attention_scratch(int64_t bytes) {
 
 void attention_team(const AttentionWork *w, int64_t *next, float *scratch) {
     const int64_t width = scratch_width(w), rows = scratch_rows(w);
-    Scratch s = {.width = width, .q = scratch};
+    Scratch s = {.width = width, .rows = rows, .q = scratch};
     s.o = s.q + rows * width, s.largest = s.o + rows * width, s.total = s.largest + rows, s.turned = s.total + rows * LANES;
     s.spread = s.turned + TILE * width, s.weights = s.spread + TILE * width, s.sums = s.weights + SCORE_ROWS * TILE;
-    s.pairs = (Pair *)(s.sums + SCORE_ROWS * width);
+    s.pairs = (Pair *)(s.sums + SPARE_ROWS * width);
     if (w->type == F32) attend_f32(w, &s, next);
     else if (w->type == BF16) attend_bf16(w, &s, next);
     else attend_f16(w, &s, next);

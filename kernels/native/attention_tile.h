@@ -25,10 +25,14 @@
 #define MAX_ROWS 2 /* sums of 2 rows by 4 vectors, of 16 registers */
 #endif
 
+/* Pairs whose scores there is room for, and that are read at once, wherever they begin. */
 #if HAS_AMX
-#define SCORE_ROWS AMX_ROWS /* whose scores there is room for */
+#define AMX_GROUPS 4 /* of as many pairs as a tile has rows, taken together */
+#define SCORE_ROWS (AMX_GROUPS * AMX_ROWS)
+#define SPARE_ROWS AMX_ROWS
 #else
 #define SCORE_ROWS MAX_ROWS
+#define SPARE_ROWS MAX_ROWS
 #endif
 
 /* Whether numbers of a type are multiplied in pairs. */
@@ -41,14 +45,14 @@ typedef struct {
 } Pair;
 
 /* What a thread works with. Of an item: pairs, query vectors [pairs][width], outputs [pairs][width], running maximum (as it was when the
- * sums were last scaled) [pairs] and sum
- * [pairs][LANES]; of the tile: keys on their side [width][TILE], values [TILE][width] where they are widened or paired; of some rows: scores,
- * then weights [SCORE_ROWS][TILE], and with AMX sums [SCORE_ROWS][width]. width: head_dim in whole chunks; pairs of bfloat16 take half the
- * space. */
+ * sums were last scaled) [pairs] and sum [pairs][LANES]; of the tile: keys on their side [width][TILE], values [TILE][width] where they are
+ * widened or paired; of some rows: scores, then weights [SCORE_ROWS][TILE]. With AMX (attention_amx.h) sums are [pairs], queries are on their
+ * side too, behind the others, keys are copied where they need be, and outputs may be added up elsewhere, sums [AMX_ROWS][width]. width:
+ * head_dim in whole chunks; pairs of bfloat16 take half the space. */
 typedef struct {
     Pair *pairs;
     float *q, *o, *largest, *total, *turned, *spread, *weights, *sums;
-    int64_t width;
+    int64_t width, rows; /* rows: the pairs there is room for */
     const char *keys[TILE], *values[TILE], *ahead[TILE]; /* where the tile's keys and values lie; what is called for meanwhile */
 } Scratch;
 
@@ -217,12 +221,13 @@ INLINE void weigh_vectors(const Attention *a, const Scratch *s, int paired, int6
     }
     const float before = s->largest[row], found = largest_lane(best), largest = found > before + SLACK ? found : before;
     for (int i = from; i < to; i += 2) {
-        const vf even = exp2_lanes(x[i] - splat(largest)), odd = exp2_lanes(x[i + 1] - splat(largest));
+        const vf even_x = x[i] - splat(largest), odd_x = x[i + 1] - splat(largest);
         if (paired) { /* the sum is of what is multiplied: rounded weights */
-            vu pairs = pair_lanes(even, odd);
+            vu pairs = pair_lanes(rough_exp2_lanes(even_x), rough_exp2_lanes(odd_x));
             ((vu *)weights)[i / 2] = pairs;
             sum = multiply_pairs(sum, 0x3f803f80u, pairs);
         } else {
+            const vf even = exp2_lanes(even_x), odd = exp2_lanes(odd_x);
             ((vf *)weights)[i] = even, ((vf *)weights)[i + 1] = odd;
             sum += even, sum += odd;
         }

@@ -134,6 +134,17 @@ INLINE vu pair_lanes(vf a, vf b) {
 #endif
 }
 
+/* The lanes of two vectors rounded to pairs of bfloat16: a's in the lower halves. */
+INLINE vu lanes_to_pairs(vf a, vf b) {
+#if defined(__AVX512BF16__)
+    const __m512i order = (__m512i)(vu){0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                           0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+    return (vu)_mm512_permutexvar_epi16(order, (__m512i)pair_lanes(a, b));
+#else
+    return __builtin_convertvector(float_to_brain(a), vu) | __builtin_convertvector(float_to_brain(b), vu) << 16;
+#endif
+}
+
 /* LANES elements at p, which need not be aligned. */
 INLINE vf load(const void *p, int type) {
     if (type == F32) return *(const vf_unaligned *)p;
@@ -237,6 +248,19 @@ INLINE vf exp2_lanes(vf x) {
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     return choose(x < splat(-126.0f), splat(0.0f), p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23));
+#endif
+}
+
+/* 2^x of x up to 127 within 2^-18 of itself, for what is rounded to bfloat16. Minimax polynomial on [0, 1]. */
+INLINE vf rough_exp2_lanes(vf x) {
+#if defined(__AVX512DQ__)
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x less its floor; of minus infinity 0 */
+    vf p = multiply_add(splat(1.3534167916e-2f), r, splat(5.2011460610e-2f));
+    p = multiply_add(p, r, splat(2.4144275689e-1f));
+    p = multiply_add(p, r, splat(6.9300383447e-1f));
+    return (vf)_mm512_scalef_ps((__m512)multiply_add(p, r, splat(1.0000025934f)), (__m512)x);
+#else
+    return exp2_lanes(x);
 #endif
 }
 

@@ -182,14 +182,17 @@ def test_bits_do_not_depend_on_chunk_neighbours_or_blocks(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 64])
 @pytest.mark.parametrize("broken", [30, 31])
-def test_an_overflow_reaches_only_queries_that_see_it(broken: int, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_an_overflow_reaches_only_queries_that_see_it(
+    block_size: int, broken: int, dim: int, dtype: torch.dtype
+) -> None:
     [(queries, keys, values)] = random_rows([(90, 90)], (2, 1), dim, dtype)
     infinite = values.clone()
     infinite[broken] = float("inf")
     for window, last in ((None, 90), (20, broken + 20)):
         keywords = {"scale": 0.25, "deterministic": True, "window": window}
-        clean = paged_attention(*paged([(queries, keys, values)], 8, 0, window), **keywords)
-        mixed = paged_attention(*paged([(queries, keys, infinite)], 8, 0, window), **keywords)
+        clean = paged_attention(*paged([(queries, keys, values)], block_size, 0, window), **keywords)
+        mixed = paged_attention(*paged([(queries, keys, infinite)], block_size, 0, window), **keywords)
         assert torch.equal(mixed[:broken], clean[:broken]) and torch.equal(mixed[last:], clean[last:])
         assert not mixed[broken:last].isfinite().any()
 
