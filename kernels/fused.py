@@ -20,7 +20,7 @@ from shoal.kernels.weight import NativeWeight, PreparedWeight
 _MIXER = (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT)
 _FEED_FORWARD = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
 _MIXTURE = (POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT)
-BLOCK_ROWS = 384  # of a feed-forward at once: what lies between its products stays in the cache
+BLOCK_ROWS = 512  # most of a feed-forward at once: what lies between its products stays in the cache
 
 
 class FusedNorm(NamedTuple):
@@ -219,7 +219,8 @@ class FusedFeedForward:
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual stream. Returns [T, H], this rank's part of the sum. Raises MemoryError."""
         assert x_TH.is_contiguous()
-        block = max(1, min(len(x_TH), BLOCK_ROWS))
+        blocks = max(1, -(-len(x_TH) // BLOCK_ROWS))
+        block = max(1, -(-len(x_TH) // blocks))  # as equal as they can be
         scratch, out_TH = x_TH.new_empty(block * self.scratch_width), torch.empty_like(x_TH)
         status = self.call(
             self.address, x_TH.data_ptr(), scratch.data_ptr(), out_TH.data_ptr(), len(x_TH), block,

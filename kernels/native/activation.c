@@ -4,8 +4,9 @@
 
 enum { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
-INLINE vf activate(int kind, vf x) {
+INLINE vf activate(int type, int kind, vf x) {
     if (kind == RELU) return choose(x < splat(0.0f), splat(0.0f), x);
+    if (kind == SILU && type == BF16) return rough_silu_lanes(x);
     if (kind == SILU) return x / (splat(1.0f) + exp_lanes(-x));
     if (kind == GELU) return splat(0.5f) * x * (splat(1.0f) + erf_lanes(x * splat(0.70710678118654752f)));
     vf inner = splat(0.7978845608028654f) * (x + splat(0.044715f) * x * x * x);
@@ -17,11 +18,11 @@ INLINE void activate_row(int type, int kind, const char *gate, const char *up, c
     const int64_t step = element_size(type);
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
-        vf v = activate(kind, load(gate + i * step, type));
+        vf v = activate(type, kind, load(gate + i * step, type));
         store(out + i * step, type, up ? v * load(up + i * step, type) : v);
     }
     if (i < size) {
-        vf v = activate(kind, load_part(gate + i * step, type, size - i));
+        vf v = activate(type, kind, load_part(gate + i * step, type, size - i));
         store_part(out + i * step, type, up ? v * load_part(up + i * step, type, size - i) : v, size - i);
     }
 }

@@ -116,10 +116,15 @@ INLINE vh float_to_half(vf x) {
 
 INLINE vf brain_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
+/* To the nearest, ties to even. */
 INLINE vh float_to_brain(vf x) {
+#if defined(__AVX512BF16__) && LANES == 16
+    return (vh)_mm512_cvtneps_pbh((__m512)x); /* of numbers below the least normal one 0 */
+#else
     vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (bits >> 16) | 0x40;
     return __builtin_convertvector(choose_bits((vi)(x != x), nan, rounded), vh);
+#endif
 }
 
 /* Neighbouring lanes of a, then of b, rounded to pairs of bfloat16: the even ones in the lower halves. */
@@ -261,6 +266,15 @@ INLINE vf rough_exp2_lanes(vf x) {
     return (vf)_mm512_scalef_ps((__m512)multiply_add(p, r, splat(1.0000025934f)), (__m512)x);
 #else
     return exp2_lanes(x);
+#endif
+}
+
+/* x / (1 + e^-x) within 2^-13 of itself, for what is rounded to bfloat16. */
+INLINE vf rough_silu_lanes(vf x) {
+#if defined(__AVX512DQ__)
+    return x * (vf)_mm512_rcp14_ps((__m512)(splat(1.0f) + rough_exp2_lanes(x * splat(-1.44269504088896341f))));
+#else
+    return x / (splat(1.0f) + exp_lanes(-x));
 #endif
 }
 
