@@ -70,10 +70,7 @@ INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const 
         }
     }
     for (int64_t at = 0; at < count * 2; at += 64, panel += 64 * PANEL) {
-        for (int i = 0; i < lines; i++, calls.next += 64) {
-            if (lines == PANEL) __builtin_prefetch(calls.next);
-            else __builtin_prefetch(calls.next, 0, 2); /* not into the first-level cache: the block in use fills it */
-        }
+        for (int i = 0; i < lines; i++, calls.next += 64) __builtin_prefetch(calls.next, 0, 2); /* the first-level cache is full of x */
         for (int i = 0; i < 2 && calls.y; i++, calls.y += calls.y_step) __builtin_prefetch(calls.y, 1);
         AMX_LOAD(6, panel, 4 * PANEL);
         AMX_LOAD(4, x[0] + at, step[0]);
