@@ -333,6 +333,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the reports")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # before a drill of minutes, not after it
     names = list(DRILLS) if args.drill == "all" else [args.drill]
     failed = []
     for name in names:
