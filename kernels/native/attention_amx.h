@@ -1,9 +1,9 @@
 /* Attention of some pairs over one tile of bfloat16 keys in AMX's tiles, 16 pairs at once; a part of attention.c.
  *
  * Scores are keys times queries on their side, so that a vector holds one key's of all pairs: maxima and sums need no sums over lanes. The
- * weights are turned then, and outputs are weights times values in pairs, as attention_tile.h has them. Rows of
- * a tile that are nobody's, or another's, are computed and not kept. A key that a pair does not see weighs 0, which hides its value unless
- * that is no finite number: then every pair has the values it sees alone.
+ * weights are turned then, and outputs are weights times values in pairs, as attention_tile.h has them. Rows of a tile that are nobody's, or
+ * another's, are computed and not kept. A key that a pair does not see weighs 0, which hides its value unless that is no finite number: then
+ * every pair has the values it sees alone.
  */
 
 /* What the pairs of an item have of a tile: the keys [first, stop) each. */
@@ -100,7 +100,7 @@ INLINE vf amx_weight(const float *scores, int key, float scale, vf largest, int 
     return masked ? choose((from <= key) & (to > key), weight, splat(0.0f)) : weight;
 }
 
-/* Scores of the keys in pairs [first, stop) to weights in pairs, in place: of the first `count` of LANES pairs from `row` on, which are column
+/* Scores of the keys [first, stop) to weights in pairs, in place: of the first `count` of LANES pairs from `row` on, which are column
  * `column` of the scores; their maxima, sums and outputs are brought up to date. masked: not all see all of the keys, as seen says. ahead: what
  * is called for, or null. */
 INLINE void weigh_columns(const Attention *a, const Scratch *s, float *scores, int64_t row, int column, int count, int first, int stop,

@@ -29,10 +29,13 @@
 
 typedef uint32_t pair_unaligned __attribute__((aligned(2), may_alias));
 
+/* count / by, rounded up. */
+INLINE int64_t ceil_div(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
 /* Of a weight in memory: whole pairs, or whole tiles. */
 INLINE int64_t positions(int type, int64_t inner) {
     const int64_t whole = type != BF16 ? 1 : HAS_AMX ? 2 * AMX_PAIRS : 2;
-    return (inner + whole - 1) / whole * whole;
+    return ceil_div(inner, whole) * whole;
 }
 
 /* Bytes of a position of x as the tiles read it: float32, or half a pair. */
@@ -89,7 +92,7 @@ INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int
 /* All rows of a block with a block of one panel, in tiles as equal as they can be. One tile waits for memory and calls for what it needs
  * soon; of several, the first two call for the next block, which then comes while the others compute. */
 INLINE void strip(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, int64_t rows) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, bytes = count * PANEL * element_size(type);
+    const int64_t tiles = ceil_div(rows, TILE_ROWS), bytes = count * PANEL * element_size(type);
     for (int64_t i = 0, row = 0; i < tiles; i++) {
         const int64_t m = (rows - row) / (tiles - i);
         const char *from = x + row * x_step, *next = tiles == 1 ? panel + AHEAD : panel + bytes + i * bytes / 2;
@@ -194,8 +197,6 @@ static void block_f16(const Weight *w, const Rows *p, int64_t row, int64_t rows,
     block(F16, w, p, row, rows, panel, panels, s);
 }
 
-INLINE int64_t share(int64_t count, int64_t parts) { return (count + parts - 1) / parts; }
-
 /* Tasks are taken as threads come, all panels for a block of rows, which then is in the cache. */
 void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads) {
     static _Thread_local Scratch scratch;
@@ -203,11 +204,11 @@ void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads)
     void (*const compute)(const Weight *, const Rows *, int64_t, int64_t, int64_t, int64_t, Scratch *) =
         w->type == F32 ? block_f32 : w->type == BF16 ? block_bf16 : block_f16;
     const int64_t most = w->type == BF16 ? rows_of_bf16(w->inner) : ROWS, tile = w->type == BF16 ? TILE_OF_BF16 : TILE_ROWS;
-    const int64_t row_blocks = share(p->rows, most), rows = share(share(p->rows, row_blocks), tile) * tile; /* as equal as can be */
-    const int64_t all = share(w->columns, PANEL);
+    const int64_t row_blocks = ceil_div(p->rows, most), rows = ceil_div(ceil_div(p->rows, row_blocks), tile) * tile; /* as equal as can be */
+    const int64_t all = ceil_div(w->columns, PANEL);
     int64_t panels = all / (threads * 4);
     panels = panels < 1 ? 1 : panels > PANELS ? PANELS : panels;
-    const int64_t groups = share(all, panels);
+    const int64_t groups = ceil_div(all, panels);
     for (;;) {
         const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), row = i / groups * rows, panel = i % groups * panels;
         if (row >= p->rows) break;

@@ -26,7 +26,7 @@ typedef struct {
 static AmxRows amx_rows(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t inner) {
     static _Thread_local char *memory;
     static _Thread_local int64_t size;
-    const int64_t whole = inner == w->inner ? rows / AMX_ROWS * AMX_ROWS : 0, tiles = (rows - whole + AMX_ROWS - 1) / AMX_ROWS;
+    const int64_t whole = inner == w->inner ? rows / AMX_ROWS * AMX_ROWS : 0, tiles = ceil_div(rows - whole, AMX_ROWS);
     const int64_t bytes = w->inner * 2, step = inner * 2 + 64; /* rows in different sets of the cache */
     if (tiles * AMX_ROWS * step > size) {
         free(memory);
@@ -55,7 +55,6 @@ typedef struct {
  * rows begin; step: bytes between their rows. lines and tiles are constants here. */
 INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const char *panel, int64_t count, const float *before, float *to,
                            Calls calls, int lines, int tiles) {
-    const float *low = before + AMX_ROWS * PANEL;
     if (!before) {
         AMX_ZERO(0);
         AMX_ZERO(1);
@@ -65,8 +64,8 @@ INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const 
         AMX_LOAD(0, before, 4 * PANEL);
         AMX_LOAD(1, before + AMX_PAIRS, 4 * PANEL);
         if (tiles == 2) {
-            AMX_LOAD(2, low, 4 * PANEL);
-            AMX_LOAD(3, low + AMX_PAIRS, 4 * PANEL);
+            AMX_LOAD(2, before + AMX_ROWS * PANEL, 4 * PANEL);
+            AMX_LOAD(3, before + AMX_ROWS * PANEL + AMX_PAIRS, 4 * PANEL);
         }
     }
     for (int64_t at = 0; at < count * 2; at += 64, panel += 64 * PANEL) {
@@ -95,7 +94,7 @@ INLINE void multiply_tiles(const char *const x[2], const int64_t step[2], const 
  * waits for memory and calls for what it needs soon; of several, the first ones call for the next block, which then comes while they compute. */
 INLINE void amx_group(const AmxRows *a, int64_t rows, int64_t r, int64_t from, const char *panel, int64_t count, const float *before, float *to,
                       char *y, int64_t y_step) {
-    const int64_t groups = (rows + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS), callers = groups < 4 ? 2 : 4;
+    const int64_t groups = ceil_div(rows, 2 * AMX_ROWS), callers = groups < 4 ? 2 : 4;
     const int one = rows - r <= AMX_ROWS, group = (int)(r / (2 * AMX_ROWS));
     const char *x[2];
     int64_t step[2];
@@ -116,8 +115,8 @@ INLINE void amx_group(const AmxRows *a, int64_t rows, int64_t r, int64_t from, c
 }
 
 static void block_bf16(const Weight *w, const Rows *p, int64_t row, int64_t rows, int64_t panel, int64_t panels, Scratch *s) {
-    const int64_t inner = positions(BF16, w->inner), blocks = (inner + AMX_DEPTH - 1) / AMX_DEPTH, step = p->y_stride * 2;
-    const int64_t depth = blocks ? (inner / (2 * AMX_PAIRS) + blocks - 1) / blocks * (2 * AMX_PAIRS) : 0; /* blocks as equal as they can be */
+    const int64_t inner = positions(BF16, w->inner), blocks = ceil_div(inner, AMX_DEPTH), step = p->y_stride * 2;
+    const int64_t depth = blocks ? ceil_div(inner / (2 * AMX_PAIRS), blocks) * (2 * AMX_PAIRS) : 0; /* blocks as equal as they can be */
     const AmxRows a = amx_rows(w, p, row, rows, inner);
     float *whole = s->x; /* sums over all positions of some rows */
     amx_begin();

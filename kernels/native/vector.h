@@ -269,7 +269,7 @@ INLINE vf rough_exp2_lanes(vf x) {
 #endif
 }
 
-/* x / (1 + e^-x) within 2^-13 of itself, for what is rounded to bfloat16. */
+/* x / (1 + e^-x) within 2^-13 of itself above -87, for what is rounded to bfloat16; 0 below -88.7, as the exponential is infinite there. */
 INLINE vf rough_silu_lanes(vf x) {
 #if defined(__AVX512DQ__)
     return x * (vf)_mm512_rcp14_ps((__m512)(splat(1.0f) + rough_exp2_lanes(x * splat(-1.44269504088896341f))));

@@ -150,6 +150,14 @@ def test_activations_at_the_ends_of_the_range() -> None:
     torch.testing.assert_close(sigmoid(x), torch.sigmoid(x))
 
 
+def test_silu_of_every_bfloat16_errs_at_most_twice_as_much_as_torch() -> None:
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite() & (every.float() > -87) & (every.float().abs() > 1e-37)]  # beyond: numbers next to none
+    exact = activation_reference(x.double(), "silu").double()
+    ours, torchs = (((y.double() - exact) / exact).abs() for y in (activation(x, "silu"), torch.nn.functional.silu(x)))
+    assert ours.max() <= 2 * torchs.max() and ours.mean() <= 2 * torchs.mean()
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_activation_does_not_depend_on_where_it_stands(kind: str) -> None:
     x = torch.randn(60, 74) * 3
