@@ -323,6 +323,13 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
             description="The C kernels on CPUs: auto warns and uses torch without a compiler, require refuses to start."
         ),
     ] = "auto"
+    enforce_eager: Annotated[
+        bool,
+        Meta(
+            description="On GPUs, launch every step kernel by kernel: no CUDA graphs of decode steps, which save the "
+            "host's time and take some memory."
+        ),
+    ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description="What ranks report; debug also prints the traceback of a failure."),

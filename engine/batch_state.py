@@ -5,36 +5,55 @@ Every row of a plan is checked against this state: request, position, last block
 disagree, which is fatal and named.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from shoal.engine.decode_batch import DecodeBatch
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan
+from shoal.engine.padded_batch import PaddedBatch
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, GroupTables
 
 LEAST_SHARING_ROWS, LEAST_SHARED_KEYS = 4, 256  # below, one more pass over the batch costs more than reading keys again
+LEAST_WIDTH = 16  # of a block table that is kept
+LEAST_PADDED_KEYS = 512  # of a padded batch
+MOST_PADDED = 48  # batches kept: every one has graphs
 
 
 class PlanMismatch(RuntimeError):
     """A plan does not fit what this rank holds."""
 
 
+class Padding(NamedTuple):
+    """Decode steps are padded to the next of these numbers of rows; not where all rows but one would read so many keys
+    again that they share, together.
+    """
+
+    rows: tuple[int, ...] = ()
+    shared_keys: int = 0
+
+
 class BatchState:
     """The running sequences of one rank, and the tensors a step's plan stands for."""
 
-    def __init__(self, block_size: int, num_groups: int, device: torch.device) -> None:
+    def __init__(self, block_size: int, num_groups: int, device: torch.device, padding: Padding | None = None) -> None:
         self.block_size, self.num_groups, self.device = block_size, num_groups, device
+        self.padding = padding or Padding()
         self.sequences: dict[str, SequenceState] = {}
         self.decode: DecodeBatch | None = None
+        self.padded: OrderedDict[tuple[int, int], PaddedBatch] = OrderedDict()  # by rows and width; the oldest first
 
     def apply(self, plan: StepPlan, sampled: Mapping[tuple[int, int], int]) -> None:
         """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs.
         Raises PlanMismatch."""
         for request_id in [*plan.finished_ids, *plan.preempted_ids]:
-            self.sequences.pop(request_id, None)
+            gone = self.sequences.pop(request_id, None)
+            if gone is not None:
+                gone.counts = None  # batches may hold a sequence until its row is another's
         for new in plan.new_sequences:
             self.add(new)
         for row in plan.rows:
@@ -98,8 +117,12 @@ class BatchState:
         """The tensors of the plan's rows, in their order; marks their tokens as computed. Call after apply, once. Valid
         until the next call."""
         sequences = [self.sequences[row.request_id] for row in plan.rows]
-        if self.device.type == "cpu" and plan.rows and all(row.num_tokens == 1 for row in plan.rows):
-            return self.build_decode(plan, sequences)
+        if plan.rows and all(row.num_tokens == 1 for row in plan.rows):
+            batch = self.build_padded(plan, sequences) if self.padding.rows else None
+            if batch is not None:
+                return batch
+            if self.device.type == "cpu":
+                return self.build_decode(plan, sequences)
         counts = np.array([row.num_tokens for row in plan.rows], np.int64)
         starts = np.array([row.num_computed_tokens for row in plan.rows], np.int64)
         cu_seqlens = np.zeros(len(counts) + 1, np.int32)
@@ -128,10 +151,33 @@ class BatchState:
         """The same, from what is there already, where every row has one token."""
         batch = None if self.decode is None else self.decode.fill(plan.rows, sequences)
         if batch is None:
-            self.decode = DecodeBatch(sequences, self.block_size)
+            most = (max(used) for used in zip(*(one.num_blocks for one in sequences), strict=True))
+            widths = [max(LEAST_WIDTH, 2 * used) for used in most]  # with room to grow
+            self.decode = DecodeBatch(len(sequences), widths, self.block_size, self.device)
             batch = self.decode.fill(plan.rows, sequences)
             assert batch is not None, "it was made for them"
         return batch
+
+    def build_padded(self, plan: StepPlan, sequences: list[SequenceState]) -> BatchInput | None:
+        """The same, of a number of rows and a width that come again, in tensors that stay; None where that would not
+        help.
+        """
+        count = next((size for size in self.padding.rows if size >= len(sequences)), None)
+        if count is None:
+            return None
+        blocks = max(LEAST_PADDED_KEYS // self.block_size, *(max(one.num_blocks) for one in sequences))
+        key = count, 1 << (blocks - 1).bit_length()
+        padded = self.padded.pop(key, None) or PaddedBatch(*key, self.num_groups, self.block_size, self.device)
+        self.padded[key] = padded
+        while len(self.padded) > MOST_PADDED:
+            self.padded.popitem(last=False)
+        fits = padded.begin(sequences)
+        assert fits, "it was made for them"
+        first = min(row.num_computed_tokens for row in plan.rows)
+        shared = max(shared_keys(table[: len(sequences)], first, self.block_size) for table in padded.tables)
+        if shared * (len(sequences) - 1) > self.padding.shared_keys:
+            return None
+        return padded.fill(plan.rows, sequences)
 
     def group_tables(
         self,

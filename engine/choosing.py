@@ -21,6 +21,7 @@ from shoal.engine.shard_logprobs import sharded_logprobs
 from shoal.kernels.whole_step import StepOutput
 from shoal.model.decoder import Stage
 from shoal.parallel.communicator import Communicator
+from shoal.parallel.embedding import best_of_shards
 
 
 class Choice(NamedTuple):
@@ -36,11 +37,11 @@ def filters(params: SamplingParams) -> bool:
     return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
-def takes_best(sequence: SequenceState) -> bool:
-    """Whether a row takes the best token of the logits as they are, and wants to know nothing else."""
+def is_plain(sequence: SequenceState) -> bool:
+    """Whether a row chooses from the logits as they are, and wants to know the token alone."""
     params = sequence.sampling
     if sequence.plain is None:
-        asks = params.temperature > 0 or params.logprobs is not None or has_penalties(params)
+        asks = params.logprobs is not None or has_penalties(params)
         sequence.plain = not asks and not masks_or_biases(params, sequence)
     return sequence.plain and sequence.num_output_tokens >= params.min_tokens
 
@@ -63,9 +64,13 @@ class TokenChooser:
 
     def of_step(self, output: StepOutput, sequences: Sequence[SequenceState]) -> list[Choice]:
         """A choice per row of what Stage.step gave, on the group's rank 0."""
-        if all(map(takes_best, sequences)):
+        if all(is_plain(one) and self.decided_in_step(output, one.sampling) for one in sequences):
             return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
         return self.choose(output.head_RV, sequences)
+
+    def decided_in_step(self, output: StepOutput, params: SamplingParams) -> bool:
+        """Whether a plain row's token is the best one the step found."""
+        return params.temperature == 0 or (output.sampled and (self.group.size == 1 or not filters(params)))
 
     @torch.inference_mode()
     def choose(self, shard_RV: torch.Tensor, sequences: Sequence[SequenceState]) -> list[Choice]:
@@ -102,12 +107,7 @@ class TokenChooser:
         raw_RV = logits_RV[torch.tensor([*wanted], dtype=torch.int64).to(logits_RV.device)]
         values_R, tokens_R = self.shard.best(logits_RV, sequences)
         picked_R = logits_at(logits_RV, tokens_R - self.shard.first)
-        mine_R3 = torch.stack(
-            [numbers.double() for numbers in (values_R, tokens_R, picked_R)], 1
-        )  # exact for all three
-        every_RS3 = self.group.all_gather(mine_R3, [3] * self.group.size).unflatten(1, (-1, 3))
-        best_R11 = every_RS3[:, :, :1].argmax(1, keepdim=True)  # the first of equals, of the lowest ids
-        _, tokens, picked = every_RS3.gather(1, best_R11.expand(-1, 1, 3)).squeeze(1).unbind(1)
+        tokens, picked = best_of_shards(values_R, tokens_R, picked_R, self.group)
         scores = self.scores_of(raw_RV, tokens.long(), wanted)
         finite = zip(tokens.tolist(), picked.isfinite().tolist(), strict=True)
         return [Choice(int(token), scores.get(row), fine) for row, (token, fine) in enumerate(finite)]

@@ -1,6 +1,7 @@
 """DecodeBatch: the tensors of steps of one token per row, kept from step to step: most of them change little."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,46 +10,96 @@ from shoal.engine.messages import PlanRow
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, GroupTables
 
-LEAST_WIDTH = 16  # of a block table
+ALIGNMENT = 256  # bytes, of an array's first element
+Layout = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]  # type and shape of arrays by name
+
+
+class StepMemory(NamedTuple):
+    """Arrays written on the host, in one piece of memory, and the tensors they are on the device, in another; on a CPU
+    the two are one. Host memory of a GPU is pinned.
+    """
+
+    host: torch.Tensor
+    device: torch.Tensor
+    arrays: Mapping[str, np.ndarray]
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def zeros(cls, layout: Layout, device: torch.device) -> "StepMemory":
+        """Of this layout."""
+        sizes = [np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in layout.values()]
+        starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
+        host = torch.zeros(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        held = host if device.type == "cpu" else host.to(device)
+        arrays, tensors = {}, {}
+        for (name, (kind, shape)), start, size in zip(layout.items(), starts.tolist(), sizes):
+            arrays[name] = host[start : start + size].numpy().view(kind).reshape(shape)
+            tensors[name] = held[start : start + size].view(getattr(torch, np.dtype(kind).name)).view(shape)
+        return cls(host, held, arrays, tensors)
 
 
 class DecodeBatch:
-    """For steps of so many rows on a CPU, where nobody looks at a step's tensors after it."""
+    """For steps of so many rows, after which nobody looks at their tensors. widths: of the block tables, by cache
+    group; more: other arrays in the same memory.
+    """
 
-    def __init__(self, sequences: Sequence[SequenceState], block_size: int) -> None:
-        """sequences: some to make room for, with as much again for their growth."""
-        count, self.block_size = len(sequences), block_size
-        most = (max(used) for used in zip(*(sequence.num_blocks for sequence in sequences), strict=True))
-        self.widths = [max(LEAST_WIDTH, 2 * used) for used in most]  # by cache group
-        token_ids, positions, seq_lens = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int32)
-        slots = [np.zeros(count, np.int64) for _ in self.widths]
-        self.tables = [np.full((count, width), -1, np.int32) for width in self.widths]
+    def __init__(
+        self,
+        count: int,
+        widths: Sequence[int],
+        block_size: int,
+        device: torch.device,
+        more: Layout | None = None,
+    ) -> None:
+        self.block_size, self.widths, groups = block_size, widths, range(len(widths))
+        self.memory = StepMemory.zeros(
+            {
+                **dict.fromkeys(
+                    ("token_ids", "positions", *(f"slots {group}" for group in groups)), (np.int64, (count,))
+                ),
+                "seq_lens": (np.int32, (count,)),
+                "bounds": (np.int32, (count + 1,)),
+                **(more or {}),
+                **{f"table {group}": (np.int32, (count, width)) for group, width in enumerate(widths)},
+            },
+            device,
+        )
+        arrays, tensors = self.memory.arrays, self.memory.tensors
+        arrays["bounds"][:] = np.arange(count + 1)
         self.held: list[tuple[SequenceState, list[int]] | None] = [None] * count  # whose blocks a row has, how many
-        self.token_ids, self.positions, self.seq_lens = token_ids.data, positions.data, seq_lens.data
-        self.slots = [array.data for array in slots]  # views of memory are quicker to write single numbers to
+        self.tables = [arrays[f"table {group}"] for group in groups]
+        self.slots = [arrays[f"slots {group}"].data for group in groups]
+        # views of memory are quicker to write single numbers to
+        self.token_ids, self.positions, self.seq_lens = (
+            arrays[name].data for name in ("token_ids", "positions", "seq_lens")
+        )
+        for table in self.tables:
+            table.fill(-1)
         self.batch = BatchInput(
-            token_ids_T=torch.from_numpy(token_ids),
-            positions_T=torch.from_numpy(positions),
-            cu_seqlens_q=torch.from_numpy(np.arange(count + 1, dtype=np.int32)),
-            seq_lens=torch.from_numpy(seq_lens),
+            token_ids_T=tensors["token_ids"],
+            positions_T=tensors["positions"],
+            cu_seqlens_q=tensors["bounds"],
+            seq_lens=tensors["seq_lens"],
             max_seqlen_q=1,
             max_seqlen_k=0,
-            groups=tuple(
-                GroupTables(torch.from_numpy(table), torch.from_numpy(array))
-                for table, array in zip(self.tables, slots, strict=True)
-            ),
+            groups=tuple(GroupTables(tensors[f"table {group}"], tensors[f"slots {group}"]) for group in groups),
         )
 
     def fill(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> BatchInput | None:
         """The batch of these rows, one token each; marks their tokens as computed. None when they do not fit. Valid
         until the next call.
         """
-        if len(rows) != len(self.held):
+        if len(rows) != len(self.held) or not all(map(self.hold, range(len(rows)), sequences)):
             return None
+        self.batch.max_seqlen_k = self.write(rows, sequences)
+        return self.batch
+
+    def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
+        """What changes with every step, of the first rows, whose tokens count as computed from here on. Returns the
+        longest row's length.
+        """
         longest, size = 0, self.block_size
         for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-            if not self.hold(index, sequence):
-                return None
             position = row.num_computed_tokens
             length = sequence.num_computed_tokens = position + 1
             self.token_ids[index] = sequence.token_ids[position]
@@ -57,8 +108,7 @@ class DecodeBatch:
             for slots, table in zip(self.slots, sequence.tables, strict=True):
                 slots[index] = int(table[block]) * size + offset
             longest = max(longest, length)
-        self.batch.max_seqlen_k = longest
-        return self.batch
+        return longest
 
     def hold(self, index: int, sequence: SequenceState) -> bool:
         """Have a row's block tables be the sequence's; False when they have no room for it."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class SequenceState:
     """One running sequence on a rank. token_ids: prompt, then output as far as known here. tables: per cache group, its
-    block ids; last_blocks: the last one of each, -1 for none. plain: whether it takes the best token and wants to know
-    no other, min_tokens apart; found out when first asked for (engine/choosing.py).
+    block ids; last_blocks: the last one of each, -1 for none. plain: whether it chooses from the logits as they are and
+    wants to know the token alone, min_tokens apart; found out when first asked for (engine/choosing.py).
     """
 
     request_id: str

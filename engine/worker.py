@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from shoal.configs.schema import ShoalConfig
-from shoal.engine.batch_state import BatchState
+from shoal.engine.batch_state import BatchState, Padding
 from shoal.engine.choosing import Choice, TokenChooser
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
@@ -34,7 +34,7 @@ from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.kv_scales import read_kv_scales
 from shoal.model.ledger import MemoryReport
-from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, sampling_bytes
+from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, graph_bytes, graph_rows, sampling_bytes
 from shoal.model.parameters import head_is_shared
 from shoal.model.prepare import num_bytes, prepare_weights
 from shoal.model.shard import ModelShard
@@ -44,6 +44,7 @@ from shoal.parallel.mesh import Mesh
 NOT_FINITE = "no token can be chosen: the logits are not finite, or every token is masked"
 IDLE_S = 0.5  # after a step nothing is under way
 TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
+SHARED_BYTES = 1 << 30  # of keys and values of a layer, which a GPU reads while the host launches one layer's kernels
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
@@ -67,12 +68,17 @@ class Worker:
             use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.ran_at = time.monotonic()  # when the last step ended; infinity within one
+        self.graph_rows = graph_rows(config) if mesh.tensor.capturable else ()
         self.state = self.new_state()
         self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
 
-    def new_state(self) -> BatchState:
-        """A batch state that holds nothing."""
-        return BatchState(self.config.cache.block_size, len(self.spec.cache_windows), self.device)
+    def new_state(self, *, padded: bool = True) -> BatchState:
+        """A batch state that holds nothing. padded: decode steps may be CUDA graphs."""
+        block_size, layers = self.config.cache.block_size, self.shard.last_layer - self.shard.first_layer
+        itemsize = kv_itemsize(self.config.cache.dtype, self.dtype.itemsize)
+        key_bytes = max(1, sum(kv_bytes_per_block(self.spec, self.shard, block_size, itemsize)) // block_size // layers)
+        padding = Padding(self.graph_rows, SHARED_BYTES // key_bytes) if padded else None
+        return BatchState(block_size, len(self.spec.cache_windows), self.device, padding)
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
@@ -99,6 +105,7 @@ class Worker:
             self.mesh.tensor,
             deterministic=self.config.runtime.deterministic,
             max_model_len=self.config.model.max_model_len,
+            graph_rows=max(self.graph_rows, default=0),
         )
         self.chooser = TokenChooser(self.stage, self.mesh.tensor)
 
@@ -111,19 +118,21 @@ class Worker:
         Collective."""
         plan, num_blocks, scale = profile_plan(self.config, self.spec, self.device)
         self.allocate_cache(num_blocks)
+        self.state = self.new_state(padded=False)
         for warm_up in warm_up_plans(plan):  # what libraries allocate and compile once is not part of a step
             self.run(warm_up)
-        self.state = self.new_state()
+        self.state = self.new_state(padded=False)
         with ActivationMeter(self.device) as meter:
             self.run(plan)
         self.state = self.new_state()
         self.sampled.clear()
         del self.cache
         sampling = sampling_bytes(self.spec, self.shard, self.config) if self.shard.has_head else 0
+        graphs = graph_bytes(self.spec, self.shard, self.config, self.dtype.itemsize) if self.graph_rows else 0
         return MemoryReport(
             rank=self.mesh.rank,
             weights_bytes=self.weights_bytes,
-            activation_bytes=max(int(meter.peak_bytes * scale), sampling),
+            activation_bytes=max(int(meter.peak_bytes * scale), sampling) + graphs,
             available_bytes=available_bytes(self.device) + self.weights_bytes,
             block_bytes=kv_bytes_per_block(
                 self.spec,

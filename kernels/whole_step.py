@@ -72,12 +72,14 @@ class StepHead(NamedTuple):
 
 class StepOutput(NamedTuple):
     """What the rows that sample gave. head_RV: the head's product, [R, V], not capped; best: each row's best token of
-    all ranks', the first among equals, or the first whose logit is no number; values: their logits, capped.
+    all ranks', the first among equals, or the first whose logit is no number; values: their logits, capped. sampled:
+    best is the best after temperature, filters and noise, as the rows' settings say.
     """
 
     head_RV: torch.Tensor
     best: list[int]
     values: list[float]
+    sampled: bool = False
 
 
 class WholeStep:

@@ -35,10 +35,28 @@ class GroupTables:
 
 
 @dataclass(slots=True)
+class RowSettings:
+    """How rows are sampled, [num_rows] each: temperature, top_p, min_p float32; the rest int64, drawn: output tokens
+    before this one. filters: whether any row drops unlikely tokens.
+    """
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    seeds: torch.Tensor
+    drawn: torch.Tensor
+    sample_indices: torch.Tensor
+    filters: bool = False
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class BatchInput:
     """token_ids_T, positions_T: [num_tokens] int64. cu_seqlens_q: [num_rows + 1] int32, row r's tokens are [cu[r], cu[r
     + 1]). seq_lens: [num_rows] int32, tokens in the cache after this step (the last token's position + 1).
-    max_seqlen_q, max_seqlen_k: ints. groups: one per cache group of DecoderSpec.cache_windows."""
+    max_seqlen_q, max_seqlen_k: ints. groups: one per cache group of DecoderSpec.cache_windows. settings: of batches
+    whose tensors and ints stay from step to step, so that a step can be a CUDA graph; only contents change.
+    """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
@@ -47,6 +65,7 @@ class BatchInput:
     max_seqlen_q: int
     max_seqlen_k: int
     groups: tuple[GroupTables, ...]
+    settings: RowSettings | None = None
     num_tokens: int = field(init=False)
     num_rows: int = field(init=False)
     whole: WholeCall | None = field(default=None, repr=False)  # of the last step that was run whole

@@ -33,6 +33,7 @@ from shoal.model.fused import (
     step_embedding,
     step_head,
 )
+from shoal.model.graph_steps import GraphSteps
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -186,7 +187,8 @@ class Stage:
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
     on_layer: called after each layer and head, so that somebody sees a long step advance.
-    max_model_len: positions that may occur; default: the model's own limit.
+    max_model_len: positions that may occur; default: the model's own limit. graph_rows: most rows of a batch with
+    settings, whose steps can be CUDA graphs.
     """
 
     def __init__(
@@ -198,9 +200,10 @@ class Stage:
         *,
         deterministic: bool = False,
         max_model_len: int | None = None,
+        graph_rows: int = 0,
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
-        self.spec, self.shard, self.tensor = spec, shard, tensor
+        self.spec, self.shard, self.tensor, self.graph_rows = spec, shard, tensor, graph_rows
         self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
@@ -280,8 +283,12 @@ class Stage:
             cache.runs = runs_of_layers(whole, native) if fit else []
         return cache.runs
 
-    def whole(self, batch: BatchInput, cache: KVCache) -> WholeStep | None:
+    def whole(self, batch: BatchInput, cache: KVCache) -> WholeStep | GraphSteps | None:
         """All of a short step in one operation, as far as this stage has it; None where it has to be taken apart."""
+        if batch.settings is not None and batch.num_rows <= self.graph_rows:
+            if cache.graphs is None:
+                cache.graphs = GraphSteps(self, self.graph_rows)
+            return cache.graphs
         if not is_short(batch):
             return None
         if cache.whole is None:
@@ -314,6 +321,8 @@ class Stage:
         fills [T, H] with the hidden states of the stage before, where there is one.
         """
         whole, call = self.whole(batch, cache), batch.whole
+        if isinstance(whole, GraphSteps):
+            return whole.run(batch, cache, rows, receive)
         assert whole is not None, "asked for before"
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]

@@ -11,6 +11,8 @@ from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
 SAMPLING_SLICE = 1 << 19  # logits that are sampled, penalised or scored at once
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of decode steps that are CUDA graphs
+GRAPH_SCRATCH = 64 << 20  # bytes of a graph's attention, and of the graphs themselves, about
 SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 counters and float64 noise included
 
 
@@ -34,20 +36,23 @@ def ffn_elements(ffn: Ffn, hidden_size: int, shard: ModelShard) -> int:
     return (3 if isinstance(ffn, DenseFfn) else 4) * (stop - start) + hidden_size
 
 
-def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
-    """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement.
-
-    T = max_num_batched_tokens tokens. Of the worst layer: residual and normed input (2 T H), and the larger of
-    feed-forward and attention (q, k, v twice for rotary, and its output: T (3 q + 4 kv) head_dim). On the last stage
-    what sampling takes, when that is more.
+def token_elements(spec: DecoderSpec, shard: ModelShard) -> int:
+    """Temporary elements per token of a rank's worst layer: residual and normed input (2 H), and the larger of
+    feed-forward and attention (q, k, v twice for rotary, and its output: (3 q + 4 kv) head_dim).
     """
-    tokens, hidden = config.scheduler.max_num_batched_tokens, spec.hidden_size
-    widest = 0
+    hidden, widest = spec.hidden_size, 0
     for layer in spec.layers[shard.first_layer : shard.last_layer]:
         heads = shard.heads(layer.mixer)
         attention = (3 * heads.num_heads + 4 * heads.num_kv_heads) * layer.mixer.head_dim
         widest = max(widest, attention, ffn_elements(layer.ffn, hidden, shard))
-    layers = tokens * (2 * hidden + widest) * itemsize
+    return 2 * hidden + widest
+
+
+def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
+    """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement: those of
+    max_num_batched_tokens tokens, or on the last stage what sampling takes, when that is more.
+    """
+    layers = config.scheduler.max_num_batched_tokens * token_elements(spec, shard) * itemsize
     if not shard.has_head:
         return layers
     return max(layers, sampling_bytes(spec, shard, config))
@@ -64,6 +69,28 @@ def sampling_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig) ->
     rows = min(tokens, max(config.scheduler.max_num_seqs, PROMPT_LOGPROB_ROWS))
     slice_elements = max(spec.vocab_size, min(rows * spec.vocab_size, SAMPLING_SLICE))
     return 4 * (rows * (stop - start + 2 * spec.vocab_size) + SLICE_COPIES * slice_elements)
+
+
+def graph_rows(config: ShoalConfig) -> tuple[int, ...]:
+    """The numbers of rows that decode steps on GPUs are padded to; none where they are launched kernel by kernel."""
+    if config.runtime.device != "cuda" or config.runtime.enforce_eager:
+        return ()
+    most = config.scheduler.max_num_seqs
+    enough = [index for index, size in enumerate(GRAPH_ROWS) if size >= most]
+    return GRAPH_ROWS[: enough[0] + 1] if enough else GRAPH_ROWS
+
+
+def graph_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
+    """Most bytes that CUDA graphs of decode steps take on a rank, about: results of the largest, and temporary tensors,
+    of which a pool that serves smaller graphs first may have as much again.
+    """
+    rows = graph_rows(config)[-1:]
+    if not rows:
+        return 0
+    start, stop = shard.vocab(spec.vocab_size) if shard.has_head else (0, 0)
+    kept = spec.hidden_size + stop - start
+    passing = token_elements(spec, shard) * itemsize + (stop - start) * (itemsize + 4)
+    return rows[0] * (kept * itemsize + 2 * passing) + GRAPH_SCRATCH
 
 
 def estimate_reports(
@@ -87,7 +114,8 @@ def estimate_reports(
             MemoryReport(
                 rank=rank,
                 weights_bytes=weights[rank],
-                activation_bytes=activation_bytes(spec, shard, config, itemsize),
+                activation_bytes=activation_bytes(spec, shard, config, itemsize)
+                + graph_bytes(spec, shard, config, itemsize),
                 available_bytes=available_bytes - neighbours,
                 block_bytes=kv_bytes_per_block(
                     spec, shard, config.cache.block_size, kv_itemsize(config.cache.dtype, itemsize)

@@ -57,6 +57,11 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Wait for every rank."""
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold its collectives."""
+        return False
+
     def native(self) -> NativeGroup | None:
         """The group for kernels that sum over it from within C; None where the backend is not C."""
         return None
@@ -77,6 +82,11 @@ class SingleCommunicator(Communicator):
 
     def __init__(self, name: str, global_rank: int = 0) -> None:
         self.name, self.rank, self.size, self.global_ranks = name, 0, 1, (global_rank,)
+
+    @property
+    def capturable(self) -> bool:
+        """There are none."""
+        return True
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor."""

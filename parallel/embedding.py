@@ -62,3 +62,17 @@ class VocabHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [rows, hidden_size]. Returns float32 logits [rows, vocab_size]."""
         return self.gather(self.shard(hidden))
+
+
+def best_of_shards(
+    values_R: torch.Tensor, tokens_R: torch.Tensor, picked_R: torch.Tensor, group: Communicator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every rank's best token of its shard the best of all, the lowest id among equals. values: what decides;
+    tokens: ids; picked: logits; [rows] each. Returns (tokens, picked), [rows] float64, equal on every rank. One
+    all-gather.
+    """
+    mine_R3 = torch.stack([numbers.double() for numbers in (values_R, tokens_R, picked_R)], 1)  # exact for all three
+    every_RS3 = group.all_gather(mine_R3, [3] * group.size).unflatten(1, (-1, 3))
+    best_R11 = every_RS3[:, :, :1].argmax(1, keepdim=True)  # the first of equals, of the lowest ids
+    _, tokens, picked = every_RS3.gather(1, best_R11.expand(-1, 1, 3)).squeeze(1).unbind(1)
+    return tokens, picked

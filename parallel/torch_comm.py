@@ -72,6 +72,11 @@ class TorchCommunicator(Communicator):
         self._pending: deque[tuple[int, int, list[Any], list[torch.Tensor]]] = deque()
         self._broken: str | None = None
 
+    @property
+    def capturable(self) -> bool:
+        """NCCL's, which nothing on the host waits for."""
+        return self.backend == "nccl"
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum in place. Halves under gloo, and all types when deterministic: in float32, in rank order."""
         self._start(ALL_REDUCE, tensor)

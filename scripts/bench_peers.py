@@ -4,14 +4,15 @@ limits.
     python scripts/bench_peers.py --model demo                    # Shoal and transformers on the demo
     python scripts/bench_peers.py --shape 200m --dtype bfloat16 --rounds 5 --json out.json --plot out.png
     python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-cpp FOLDER --gguf-python PYTHON
+    python scripts/bench_peers.py --shape 1b --device cuda --dtype bfloat16 --engines shoal shoal-eager transformers
 
-Engines: shoal, transformers (static left-padded batches), transformers-cb (continuous batching with explicit sizes);
-vLLM when the interpreter given as --vllm-python has it; llama.cpp when the folder of its programs is given and an
-interpreter with the gguf package (see peer_llama_cpp.py). Each engine is a process of its own that stays loaded and is
-warmed up with two short requests; in every round each of them runs the workload once, in turn, and the medians are
-compared. On a machine that others use as well, tokens per second of processor time say more than those per second: both
-are printed and written, the former from the engine's own process (not for llama.cpp, whose programs do not tell loading
-from running). Workloads:
+Engines: shoal (shoal-eager: without CUDA graphs), transformers (static left-padded batches), transformers-cb
+(continuous batching with explicit sizes); vLLM when the interpreter given as --vllm-python has it; llama.cpp when the
+folder of its programs is given and an interpreter with the gguf package (see peer_llama_cpp.py).
+Each engine is a process of its own that stays loaded and is warmed up with two short requests; in every round each of
+them runs the workload once, in turn, and the medians are compared. On a machine that others use as well, tokens per
+second of processor time say more than those per second: both are printed and written, the former from the engine's own
+process (not for llama.cpp, whose programs do not tell loading from running). Workloads:
 
     decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
     batch    32 requests, 64 to 256 in, 32 to 96 out
@@ -46,6 +47,7 @@ SHAPES = {  # hidden size, layers, query heads, key/value heads, feed-forward, v
     "tiny": (256, 4, 8, 4, 704, 4096),
     "200m": (1024, 12, 16, 8, 2816, 32000),
     "1b": (2048, 16, 32, 8, 8192, 32000),
+    "8b": (4096, 32, 32, 8, 14336, 128256),
     "moe": (1024, 8, 16, 4, 384, 32000),
 }
 EXPERTS, EXPERTS_PER_TOKEN = 32, 4  # of the shape "moe", whose feed-forward is one expert's
@@ -57,11 +59,11 @@ ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
 class Engine:
     """A loaded engine in a child process."""
 
-    def __init__(self, name: str, python: str, model: Path, dtype: str, threads: int) -> None:
+    def __init__(self, name: str, python: str, model: Path, dtype: str, device: str, threads: int) -> None:
         self.name = name
         read_fd, write_fd = os.pipe()
         self.process = subprocess.Popen(
-            [python, str(ENGINE_SCRIPT), name, str(model), dtype, "--reply-fd", str(write_fd)],
+            [python, str(ENGINE_SCRIPT), name, str(model), dtype, device, "--reply-fd", str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -103,8 +105,10 @@ class Engine:
         self.replies.close()
 
 
-def make_model(shape: str, folder: Path, dtype: str) -> Path:
-    """A random Llama (or Qwen3-MoE) of the shape, saved as a Hugging Face checkpoint. Needs transformers."""
+def make_model(shape: str, folder: Path, dtype: str, device: str = "cpu") -> Path:
+    """A random Llama (or Qwen3-MoE) of the shape, made on the device, saved as a Hugging Face checkpoint. Needs
+    transformers.
+    """
     import transformers
 
     torch.manual_seed(0)
@@ -120,11 +124,12 @@ def make_model(shape: str, folder: Path, dtype: str) -> Path:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
-    if shape == "moe":
-        experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "moe_intermediate_size": ffn}
-        net = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts))
-    else:
-        net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    experts = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "moe_intermediate_size": ffn}
+    with torch.device(device):
+        if shape == "moe":
+            net = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts))
+        else:
+            net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     net.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
@@ -239,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint folder, or `demo`")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="make a random Llama of this shape instead")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--engines", nargs="+", default=["shoal", "transformers", "transformers-cb"])
     parser.add_argument("--workloads", nargs="+", choices=["decode", "batch", "prompt", "shared"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -283,7 +289,7 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
         names.append(("vllm", args.vllm_python))
     try:
         for name, python in names:
-            engines.append(Engine(name, python, model, args.dtype, args.threads))
+            engines.append(Engine(name, python, model, args.dtype, args.device, args.threads))
     except BaseException:
         for engine in engines:
             engine.close()
@@ -292,11 +298,13 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
     return engines
 
 
-def machine_limits(dtype: torch.dtype) -> MachineLimits:
+def machine_limits(device: str, dtype: torch.dtype) -> MachineLimits:
     """The higher GEMM rate of float32 and `dtype`: bfloat16 is multiplied as float32 where the processor has no
     instruction for it.
     """
-    measured = (measure_limits(torch.device("cpu"), one) for one in {torch.float32, dtype})
+    measured = [measure_limits(torch.device(device), one) for one in {torch.float32, dtype}]
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the engines
     return max(measured, key=lambda limits: limits.gemm_flops_per_s)
 
 
@@ -305,9 +313,10 @@ def compare(args: argparse.Namespace, model: Path) -> None:
     before and after; the higher ones count.
     """
     dtype = getattr(torch, args.dtype)
-    limits = machine_limits(dtype)
+    limits = machine_limits(args.device, dtype)
     engines, llama = start_engines(args, model), None
-    title = f"{args.model or args.shape}, {args.dtype}, {args.threads} threads"
+    place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    title = f"{args.model or args.shape}, {args.dtype}, {place}"
     ready = {engine.name: engine.ready_s for engine in engines}
 
     def save(found: Rates, by_processor: Rates) -> None:
@@ -323,7 +332,7 @@ def compare(args: argparse.Namespace, model: Path) -> None:
     finally:
         for engine in [*engines, *([llama] if llama else [])]:
             engine.close()
-    later = machine_limits(dtype)
+    later = machine_limits(args.device, dtype)
     limits = msgspec.structs.replace(
         limits,
         read_bytes_per_s=max(limits.read_bytes_per_s, later.read_bytes_per_s),
@@ -346,7 +355,7 @@ def main() -> int:
     os.environ.pop("GOMP_SPINCOUNT", None)  # importing shoal set it; its engine does so again, the peers have their own
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         if args.shape:
-            compare(args, make_model(args.shape, Path(folder), args.dtype))
+            compare(args, make_model(args.shape, Path(folder), args.dtype, args.device))
         else:
             compare(args, resolve_model_path(args.model, None))
     return 0

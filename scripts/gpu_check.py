@@ -75,6 +75,7 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
     jobs = [job._replace(arguments=[*job.arguments, *common]) for job in parts] + models
     if args.interpret:
         return jobs
+    jobs.append(Job("graphs", ["graphs", "--only", args.only, *common]))
     tool = shutil.which("compute-sanitizer")
     if tool is not None:
         command = (tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")

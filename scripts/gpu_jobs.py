@@ -2,6 +2,7 @@
 
     python scripts/gpu_jobs.py kernels --part 0 --of 8 --seed 7      # the table of kernels/gpu/checks.py
     python scripts/gpu_jobs.py model llama --tp 2                    # a whole tiny model against transformers
+    python scripts/gpu_jobs.py graphs                                # decode steps as CUDA graphs beside eager ones
     python scripts/gpu_jobs.py times                                 # the measured cases, one after the other
     python scripts/gpu_jobs.py crossovers                            # ours beside torch's library kernels, over rows
     python scripts/gpu_jobs.py report --part 0 --of 2                # compile for sm_80 and sm_90, no GPU needed
@@ -127,6 +128,92 @@ def shortfall(oracle: Any, prompt: list[int], token_ids: list[int]) -> float:
     return float(((logits.amax(1) - chosen) / logits.std(1)).max())
 
 
+def check_graphs(args: argparse.Namespace) -> None:
+    """Decode steps as CUDA graphs choose the tokens that steps launched kernel by kernel choose; graphs hold NCCL's
+    collectives.
+    """
+    import torch
+
+    from shoal.model.graph_steps import GraphSteps
+
+    replay, replayed = GraphSteps.replay, []
+
+    def counted(self: GraphSteps, batch: Any, filters: bool, compute: Any) -> None:
+        replayed.append(filters in self.graphs.get(batch, {}))
+        replay(self, batch, filters, compute)
+
+    GraphSteps.replay = counted  # type: ignore[method-assign]
+    for name in ("llama", "gemma2", "qwen3_moe"):
+        for quantization in ("none", "int8"):
+            case = f"{name}, {quantization}"
+            if args.only in f"graphs {case}":
+                eager, graphs = (
+                    sampled_tokens(name, args.seed, quantization, enforce_eager=eager) for eager in (True, False)
+                )
+                ok = eager == graphs and any(replayed)
+                detail = f"{sum(map(len, graphs))} tokens, {sum(replayed)} of {len(replayed)} steps replayed"
+                tell(check="graphs", name=case, ok=ok, detail=detail if eager == graphs else f"{eager} {graphs}"[:400])
+                replayed.clear()
+    for deterministic in (False, True):
+        errors = captured_collectives(args.seed, deterministic=deterministic)
+        name = f"NCCL, one rank{', deterministic' if deterministic else ''}"
+        tell(check="graphs", name=name, ok=errors == 0, detail=f"{errors} elements differ")
+    torch.cuda.synchronize()
+
+
+def sampled_tokens(name: str, seed: int, quantization: str, *, enforce_eager: bool) -> list[list[int]]:
+    """Tokens of 13 requests of a tiny model, of many kinds of sampling and lengths."""
+    from shoal import LLM, SamplingParams
+    from tests.model.tiny_models import VOCAB, make_model
+
+    rng, kinds = random.Random(seed), [{}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.02}, {"presence_penalty": 0.5}]
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(13)]
+    asked = [
+        SamplingParams(temperature=rng.choice((0.0, 0.8, 1.3)), seed=index, max_tokens=rng.randint(2, 20),
+                       ignore_eos=True, **(kinds[index % 4] if index > 4 else {}))
+        for index in range(len(prompts))
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, LLM(
+        str(make_model(name, Path(folder))), dtype="float32", device="cuda", skip_tokenizer_init=True, block_size=4,
+        max_num_seqs=16, deterministic=True, quantization=quantization, enforce_eager=enforce_eager,
+        kv_cache_memory_bytes=64 << 20,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def captured_collectives(seed: int, *, deterministic: bool) -> int:
+    """Elements in which collectives of an NCCL group of one, replayed by a graph, differ from what they should give."""
+    import torch
+    import torch.distributed as dist
+
+    from shoal.parallel.torch_comm import TorchCommunicator
+
+    torch.manual_seed(seed)
+    torch.cuda.set_device(0)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            group = TorchCommunicator(
+                "tensor", dist.group.WORLD, (0,), 0, backend="nccl", timeout_s=30.0, deterministic=deterministic
+            )
+            x, total, whole = (torch.zeros(8, 64, device="cuda") for _ in range(3))
+
+            def step() -> None:
+                total.copy_(group.all_reduce(x + 1))
+                whole.copy_(group.all_gather(x, [64]))
+
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+            x.copy_(torch.randn(8, 64, device="cuda"))
+            graph.replay()
+            return int((total != x + 1).sum() + (whole != x).sum())
+        finally:
+            dist.destroy_process_group()
+
+
 class Stopwatch:
     """Times of the device alone. Before each run it is given FLUSHES times FLUSH_BYTES to write, so that the run's
     inputs have left the L2 cache, and that the host, which is slower than a small kernel, has handed over the whole run
@@ -222,7 +309,7 @@ def report_kernels(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("kernels", "model", "times", "crossovers", "report"))
+    parser.add_argument("job", choices=("kernels", "model", "graphs", "times", "crossovers", "report"))
     parser.add_argument("name", nargs="?", help="of the tiny model")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
@@ -240,8 +327,8 @@ def main() -> None:
     args.scale = "tiny" if args.tiny or args.interpret else "full"
     args.device = "cpu" if args.interpret else "cuda"
     sys.path.insert(0, str(ROOT))
-    jobs = {"kernels": check_kernels, "model": check_model, "times": time_kernels, "crossovers": find_crossovers}
-    {**jobs, "report": report_kernels}[args.job](args)
+    jobs = {"kernels": check_kernels, "model": check_model, "graphs": check_graphs, "times": time_kernels}
+    {**jobs, "crossovers": find_crossovers, "report": report_kernels}[args.job](args)
 
 
 if __name__ == "__main__":

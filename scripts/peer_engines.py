@@ -1,5 +1,5 @@
-"""One engine under test, in a process of its own: `python scripts/peer_engines.py ENGINE MODEL DTYPE`. Started by
-bench_peers.py.
+"""One engine under test, in a process of its own: `python scripts/peer_engines.py ENGINE MODEL DTYPE DEVICE`. Started
+by bench_peers.py.
 
 Reads one workload per line from stdin, {"requests": [{"ids": [...], "max_tokens": n}, ...]}, runs it greedily with end
 tokens ignored, and answers on the file descriptor given as --reply-fd with {"elapsed_s": ..., "cpu_s": ...,
@@ -13,19 +13,24 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+GPU_CACHE_BYTES = 8 << 30  # engines share the card
 Requests = list[dict[str, Any]]
 Run = Callable[[Requests], int]  # runs a workload, returns the number of output tokens it asked for
 
 
-def shoal_engine(model: str, dtype: str) -> Run:
+def shoal_engine(model: str, dtype: str, device: str, *, enforce_eager: bool = False) -> Run:
     """Shoal through its public API."""
     from shoal import LLM, SamplingParams
 
     llm = LLM(
         model,
         dtype=dtype,
+        device=device,
+        enforce_eager=enforce_eager,
+        kv_cache_memory_bytes=GPU_CACHE_BYTES if device == "cuda" else None,
         skip_tokenizer_init=True,
         enable_prefix_caching=True,
         threads=int(os.environ["OMP_NUM_THREADS"]),
@@ -44,26 +49,26 @@ def shoal_engine(model: str, dtype: str) -> Run:
     return run
 
 
-def load_transformers(model: str, dtype: str, attention: str) -> Any:
-    """A Hugging Face model on the CPU."""
+def load_transformers(model: str, dtype: str, device: str, attention: str) -> Any:
+    """A Hugging Face model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), attn_implementation=attention
-    ).eval()
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return net.to(device).eval()
 
 
-def transformers_static(model: str, dtype: str) -> Run:
+def transformers_static(model: str, dtype: str, device: str) -> Run:
     """`generate` on one left-padded batch; a batch runs as long as its longest output, only asked-for tokens count."""
     import torch
 
-    net = load_transformers(model, dtype, "sdpa")
+    net = load_transformers(model, dtype, device, "sdpa")
 
     def run(requests: Requests) -> int:
         longest = max(len(r["ids"]) for r in requests)
         ids = torch.tensor([[0] * (longest - len(r["ids"])) + r["ids"] for r in requests])
         mask = torch.tensor([[0] * (longest - len(r["ids"])) + [1] * len(r["ids"]) for r in requests])
+        ids, mask = ids.to(device), mask.to(device)
         steps = max(r["max_tokens"] for r in requests)
         with torch.inference_mode():
             net.generate(
@@ -80,12 +85,12 @@ def transformers_static(model: str, dtype: str) -> Run:
     return run
 
 
-def transformers_continuous(model: str, dtype: str) -> Run:
+def transformers_continuous(model: str, dtype: str, device: str) -> Run:
     """`generate_batch`'s manager with explicit sizes (its defaults take 10 GB)."""
     import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    net = load_transformers(model, dtype, "paged|sdpa")
+    net = load_transformers(model, dtype, device, "paged|sdpa")
     sizes = ContinuousBatchingConfig(page_size=32, num_blocks=512, max_batch_tokens=512)
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
 
@@ -110,8 +115,8 @@ def transformers_continuous(model: str, dtype: str) -> Run:
     return run
 
 
-def vllm_engine(model: str, dtype: str) -> Run:
-    """vLLM's CPU build, when this interpreter has it."""
+def vllm_engine(model: str, dtype: str, device: str) -> Run:
+    """vLLM, when this interpreter has it; its build knows the device."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, dtype=dtype, skip_tokenizer_init=True, max_model_len=2048, enable_prefix_caching=True)
@@ -128,8 +133,9 @@ def vllm_engine(model: str, dtype: str) -> Run:
     return run
 
 
-ENGINES: dict[str, Callable[[str, str], Run]] = {
+ENGINES: dict[str, Callable[[str, str, str], Run]] = {
     "shoal": shoal_engine,
+    "shoal-eager": partial(shoal_engine, enforce_eager=True),
     "transformers": transformers_static,
     "transformers-cb": transformers_continuous,
     "vllm": vllm_engine,
@@ -142,11 +148,12 @@ def main() -> None:
     parser.add_argument("engine", choices=sorted(ENGINES))
     parser.add_argument("model")
     parser.add_argument("dtype")
+    parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("--reply-fd", type=int, required=True)
     args = parser.parse_args()
     with os.fdopen(args.reply_fd, "w") as reply:
         start = time.perf_counter()
-        run = ENGINES[args.engine](args.model, args.dtype)
+        run = ENGINES[args.engine](args.model, args.dtype, args.device)
         print(json.dumps({"ready_s": time.perf_counter() - start}), file=reply, flush=True)
         for line in sys.stdin:
             requests = json.loads(line)["requests"]

@@ -22,6 +22,7 @@ ENGINE_WITH_TORCH = {
     "choosing",
     "decode_batch",
     "inprocess_executor",
+    "padded_batch",
     "profile",
     "sampler",
     "sequence_state",

@@ -54,9 +54,10 @@ def normed(
 
 @triton.jit
 def store_part(
-    x, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, start, columns, mask, is_q, is_v, FP8: tl.constexpr
-):
-    """Queries back to their place, keys and values to the slot's. k_ptr, v_ptr: of the slot's first element."""
+    x, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, start, columns, mask, is_q, is_v, cached,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Queries back to their place, keys and values, if cached, to the slot's. k_ptr, v_ptr: of its first element."""
     q_at = token_ptr + heads[:, None] * head_stride + start + columns[None, :]
     tl.store(q_at, x.to(token_ptr.dtype.element_ty), mask=mask & is_q[:, None])
     if FP8:
@@ -64,8 +65,8 @@ def store_part(
     else:
         stored = x.to(k_ptr.dtype.element_ty)
     offset = kv_heads[:, None] * size + start + columns[None, :]
-    tl.store(k_ptr + offset, stored, mask=mask & (~is_q & ~is_v)[:, None])
-    tl.store(v_ptr + offset, stored, mask=mask & is_v[:, None])
+    tl.store(k_ptr + offset, stored, mask=mask & (cached & ~is_q & ~is_v)[:, None])
+    tl.store(v_ptr + offset, stored, mask=mask & (cached & is_v)[:, None])
 
 
 @triton.jit
@@ -106,7 +107,9 @@ def rope_kv_write_kernel(
     is_v = heads >= num_q + num_kv
     kv_heads = tl.where(is_v, heads - num_q - num_kv, heads - num_q)
     token_ptr = heads_ptr + token * token_stride
-    cache_offset = tl.load(slots_ptr + token) * num_kv * size
+    slot = tl.load(slots_ptr + token)
+    cached = slot >= 0
+    cache_offset = slot * num_kv * size
     k_ptr = k_cache_ptr + cache_offset
     v_ptr = v_cache_ptr + cache_offset
     if FP8:
@@ -163,17 +166,19 @@ def rope_kv_write_kernel(
             low = low / scale[:, None]
             high = high / scale[:, None]
         store_part(
-            low, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 0, pairs, half_mask, is_q, is_v, FP8
-        )
+            low, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 0, pairs, half_mask, is_q, is_v,
+            cached, FP8,
+        )  # fmt: skip
         store_part(
-            high, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, half, pairs, half_mask, is_q, is_v, FP8
-        )
+            high, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, half, pairs, half_mask, is_q, is_v,
+            cached, FP8,
+        )  # fmt: skip
     if BLOCK_REST > 0:
         if FP8:
             rest = rest / scale[:, None]
         store_part(
             rest, token_ptr, k_ptr, v_ptr, heads, kv_heads, head_stride, size, 2 * half, others, rest_mask,
-            is_q, is_v, FP8,
+            is_q, is_v, cached, FP8,
         )  # fmt: skip
 
 
@@ -189,8 +194,8 @@ def launch_rope_kv_write(
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """In place; see above. cos_sin: [num_tokens, rotary_dim] float32, contiguous, or None; caches: [num_blocks,
-    block_size, num_kv, head_dim], contiguous; slots: [num_tokens] int64. kv_scales: for FP8 caches, of keys and of
-    values, [num_kv] float32 each.
+    block_size, num_kv, head_dim], contiguous; slots: [num_tokens] int64, negative for tokens that are not cached.
+    kv_scales: for FP8 caches, of keys and of values, [num_kv] float32 each.
     """
     num_tokens, count, size = heads.shape
     assert count == num_q + 2 * num_kv and heads.stride(2) == 1 and slots.is_contiguous()

@@ -1,0 +1,155 @@
+"""GraphSteps: decode steps of a stage on a GPU, each one CUDA graph from token ids to the tokens chosen. Hosts hand
+over a step's kernels one by one more slowly than the device computes them; a graph is one launch.
+
+A graph is captured when a batch comes for the first time (that step runs kernel by kernel), and replayed whenever it
+comes again: a batch is its tensors, whose contents change (engine/padded_batch.py makes such). Graphs read weights,
+tables and cache where they lie, share one pool of memory for what is temporary, and leave results in memory of this
+object. They go with their batch or with the cache. Where kernels are interpreted on a CPU, nothing is captured.
+
+Shapes: R rows of one token each, H hidden size, V vocabulary held here.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+
+from shoal.kernels.whole_step import StepOutput
+from shoal.model.batch import BatchInput, RowSettings
+from shoal.model.kv_cache import KVCache
+from shoal.model.shard import ModelShard
+from shoal.model.spec import DecoderSpec
+from shoal.parallel.communicator import Communicator
+from shoal.parallel.embedding import best_of_shards
+
+logger = logging.getLogger("shoal.model")
+
+
+class StageParts(Protocol):
+    """What a step is made of: model/decoder.py has it."""
+
+    spec: DecoderSpec
+    shard: ModelShard
+    tensor: Communicator
+    dtype: torch.dtype
+    device: torch.device
+    on_layer: Callable[[], None] | None
+
+    def embed(self, batch: BatchInput) -> torch.Tensor: ...
+    def forward(self, batch: BatchInput, hidden_TH: torch.Tensor, cache: KVCache) -> torch.Tensor: ...
+    def head_shard(self, hidden_RH: torch.Tensor) -> torch.Tensor: ...
+    def shard_logits(self, shard_RV: torch.Tensor) -> torch.Tensor: ...
+
+
+class GraphSteps:
+    """Of one stage on one cache, for batches with settings, of at most so many rows."""
+
+    def __init__(self, stage: StageParts, most_rows: int) -> None:
+        self.stage, self.most_rows, device = stage, most_rows, stage.device
+        self.hidden_RH = torch.zeros((most_rows, stage.spec.hidden_size), dtype=stage.dtype, device=device)
+        first, stop = stage.shard.vocab(stage.spec.vocab_size) if stage.shard.has_head else (0, 0)
+        self.first_token, rows = first, most_rows if stage.shard.has_head else 0
+        self.head_RV = torch.zeros((rows, stop - first), dtype=stage.dtype, device=device)
+        self.chosen_R2 = torch.zeros((rows, 2), dtype=torch.float64, device=device)  # tokens, their logits
+        self.graphs: WeakKeyDictionary[BatchInput, dict[bool, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
+        self.captures = device.type == "cuda"
+        if self.captures:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def run(
+        self,
+        batch: BatchInput,
+        cache: KVCache,
+        rows: Sequence[int],
+        receive: Callable[[torch.Tensor], None] | None,
+    ) -> tuple[StepOutput, torch.Tensor]:
+        """The step. cache: always the same; rows: which of the batch's sample; receive: fills [R, H] with the hidden
+        states of the stage before, where there is one. Returns what they gave, and [R, H] for the stage after; both
+        valid until the next call.
+        """
+        assert batch.settings is not None and batch.num_rows <= self.most_rows, batch.num_rows
+        hidden_RH = self.hidden_RH[: batch.num_rows]
+        if receive is not None:
+            receive(hidden_RH)
+        filters = batch.settings.filters and self.stage.tensor.size == 1
+        self.replay(batch, filters, partial(self.compute, batch, batch.settings, cache, filters))
+        if self.stage.on_layer is not None:
+            self.stage.on_layer()
+        if not self.stage.shard.has_head:
+            return StepOutput(self.head_RV, [], []), hidden_RH
+        chosen = self.chosen_R2[: batch.num_rows].tolist()
+        in_order = list(rows) == list(range(len(rows)))
+        head_RV = self.head_RV[: len(rows)] if in_order else self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
+        best, values = [int(chosen[row][0]) for row in rows], [chosen[row][1] for row in rows]
+        return StepOutput(head_RV, best, values, sampled=True), hidden_RH
+
+    @torch.inference_mode()
+    def compute(self, batch: BatchInput, settings: RowSettings, cache: KVCache, filters: bool) -> None:
+        """From the batch's tensors, or hidden_RH, to hidden_RH, or head_RV and chosen_R2. Waits for nothing."""
+        stage, count = self.stage, batch.num_rows
+        hidden_RH = stage.embed(batch) if stage.shard.has_embedding else self.hidden_RH[:count]
+        hidden_RH = stage.forward(batch, hidden_RH, cache)
+        if not stage.shard.has_head:
+            self.hidden_RH[:count].copy_(hidden_RH)
+            return
+        head_RV = self.head_RV[:count].copy_(stage.head_shard(hidden_RH))
+        logits_RV = stage.shard_logits(head_RV.to(torch.float32, copy=True))
+        tokens_R, picked_R = self.choose(logits_RV, settings, filters)
+        self.chosen_R2[:count, 0] = tokens_R
+        self.chosen_R2[:count, 1] = picked_R
+
+    def choose(
+        self, logits_RV: torch.Tensor, settings: RowSettings, filters: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every row's token and its logit; filters: only of whole vocabularies."""
+        from shoal.kernels.gpu.logit_limits import launch_logit_limits
+        from shoal.kernels.gpu.sampling import Choices, launch_sample
+
+        limits = None
+        if filters:
+            limits = launch_logit_limits(
+                logits_RV, settings.temperature, settings.top_k, settings.top_p, settings.min_p
+            )
+        choices = Choices(settings.temperature, settings.seeds, settings.drawn, settings.sample_indices, limits)
+        values_R, tokens_R = launch_sample(logits_RV, None, None, choices, vocab_start=self.first_token)
+        picked_R = logits_RV.gather(1, (tokens_R - self.first_token).unsqueeze(1)).squeeze(1)
+        if self.stage.tensor.size == 1:
+            return tokens_R, picked_R
+        return best_of_shards(values_R, tokens_R, picked_R, self.stage.tensor)
+
+    def replay(self, batch: BatchInput, filters: bool, compute: Callable[[], None]) -> None:
+        """Compute, by the graph of it where there is one."""
+        graph = self.graphs.setdefault(batch, {}).get(filters)
+        if graph is not None:
+            graph.replay()
+            return
+        compute()  # also compiles, and makes what is kept, neither of which can be captured
+        if self.captures:
+            graph = self.capture(compute)
+            if graph is not None:
+                self.graphs[batch][filters] = graph
+
+    def capture(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """The graph of what was just computed. None, and no more graphs, where something in it cannot be captured."""
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    compute()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except RuntimeError as error:
+            self.captures = False
+            logger.warning("decode steps are launched kernel by kernel, since one could not be captured: %s", error)
+            return None
+        here.wait_stream(self.stream)
+        return graph

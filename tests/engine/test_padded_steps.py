@@ -1,0 +1,85 @@
+"""Decode steps as a GPU's CUDA graphs compute them: padded, in tensors that stay, sampling included. Here through
+Triton's interpreter, without the capture, which only a GPU has (scripts/gpu_check.py)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal import LLM, SamplingParams
+from shoal.engine import worker
+from shoal.kernels import device
+from shoal.model.graph_steps import GraphSteps
+from tests.model.tiny_models import make_model
+
+triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+PROMPTS = [[5, 9, 13], [40, 7], [3, 3, 8, 21, 30], [17]]
+ASKED = [
+    SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=3, max_tokens=7, ignore_eos=True),
+    SamplingParams(temperature=1.2, seed=4, top_p=0.8, top_k=12, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0.7, seed=5, min_p=0.05, max_tokens=6, ignore_eos=True),
+]
+TOLD = SamplingParams(temperature=0.8, seed=6, logprobs=2, presence_penalty=0.5, max_tokens=4, ignore_eos=True)
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors go through the Triton kernels."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("runs in Triton's interpreter only")
+    monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+
+
+def generate(folder: Path, asked: list[SamplingParams], **settings: Any) -> list[Any]:
+    """Every prompt's tokens, and their log-probabilities where asked for."""
+    with LLM(
+        str(folder), dtype="float32", device="cpu", native="off", skip_tokenizer_init=True, block_size=4,
+        max_num_batched_tokens=16, max_num_seqs=8, **settings,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS[: len(asked)]], asked, use_tqdm=False)
+    return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asked", [ASKED, [*ASKED[:2], TOLD]], ids=["plain", "told"])
+def test_padded_steps_choose_what_others_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: list[SamplingParams]
+) -> None:
+    folder, sizes = make_model(name, tmp_path), []
+    expected = generate(folder, asked)
+    run = GraphSteps.run
+
+    def counted(self: GraphSteps, batch: Any, *rest: Any) -> Any:
+        sizes.append((batch.num_rows, len(rest[1])))
+        return run(self, batch, *rest)
+
+    monkeypatch.setattr(GraphSteps, "run", counted)
+    monkeypatch.setattr(worker, "graph_rows", lambda config: (1, 2, 8))
+    found = generate(folder, asked)
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        for mine, yours in zip(ours or [], theirs or [], strict=True):
+            assert {token: one.rank for token, one in mine.items()} == {token: one.rank for token, one in yours.items()}
+    assert {rows for rows, _ in sizes} >= {1, 8} and any(rows > sampling for rows, sampling in sizes)
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_a_step_may_be_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured has been computed once: nothing a step reads may be changed by it."""
+    folder = make_model("llama", tmp_path)
+    compute = GraphSteps.compute
+
+    def twice(self: GraphSteps, *arguments: Any) -> None:
+        compute(self, *arguments)
+        first = self.chosen_R2.clone()
+        compute(self, *arguments)
+        assert torch.equal(self.chosen_R2, first)
+
+    monkeypatch.setattr(worker, "graph_rows", lambda config: (4,))
+    expected = generate(folder, ASKED[:2])
+    monkeypatch.setattr(GraphSteps, "compute", twice)
+    assert generate(folder, ASKED[:2]) == expected
