@@ -88,14 +88,20 @@ class BlockTables:
         return granted
 
     def settle(self, seq: Sequence) -> None:
-        """Once its row is scheduled: later steps may find what it fills, and take what later tokens do not see."""
-        if seq.num_published < seq.num_computed // self.block_size and self.enable_prefix_caching:
+        """Once its row is scheduled: later steps may find what it fills, as far as its tokens are known, and take what
+        later tokens do not see.
+        """
+        if self.unpublished(seq):
             self._publish(seq)
         for group in self.windowed:
             self._drop_unseen(seq, group)
 
+    def unpublished(self, seq: Sequence) -> bool:
+        """Whether there are blocks others could find."""
+        return self.enable_prefix_caching and seq.num_published < seq.num_known // self.block_size
+
     def _publish(self, seq: Sequence) -> None:
-        full = seq.num_computed // self.block_size
+        full = seq.num_known // self.block_size
         if len(seq.keys) < full:
             extend_keys(seq.keys, root_key(seq.request.cache_salt), seq.tokens, self.block_size, full)
         for index in range(seq.num_published, full):

@@ -68,6 +68,10 @@ class TokenChooser:
             return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
         return self.choose(output.head_RV, sequences)
 
+    def is_decided_in_graphs(self, sequence: SequenceState) -> bool:
+        """Whether a step whose output is sampled decides the row."""
+        return is_plain(sequence) and (self.group.size == 1 or not filters(sequence.sampling))
+
     def decided_in_step(self, output: StepOutput, params: SamplingParams) -> bool:
         """Whether a plain row's token is the best one the step found."""
         return params.temperature == 0 or (output.sampled and (self.group.size == 1 or not filters(params)))

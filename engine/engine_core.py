@@ -175,7 +175,7 @@ class EngineCore:
 
     def _advance(self) -> None:
         self._expire()
-        while len(self._handles) < self.capacity.max_in_flight:
+        while len(self._handles) < self.capacity.most_launched:
             plan = self.scheduler.schedule()
             if plan is None:
                 break

@@ -31,13 +31,21 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What an executor offers the scheduler. max_in_flight: plans that may be launched before the first result is
-    taken."""
+    taken, as stages of a pipeline work on them side by side. overlap: one more may be, whose rows follow those of the
+    plan before with tokens that nobody but the ranks knows yet (TokenRef), so that planning takes no time from them.
+    """
 
     block_size: int
     groups: list[CacheGroup]
     max_model_len: int
     vocab_size: int
     max_in_flight: int = 1
+    overlap: bool = False
+
+    @property
+    def most_launched(self) -> int:
+        """Plans without a result at one time."""
+        return self.max_in_flight + self.overlap
 
 
 class Executor(ABC):
@@ -47,7 +55,7 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> int:
-        """Start a plan and return its handle at once. At most `capacity.max_in_flight` may be unanswered. Raises
+        """Start a plan and return its handle at once. At most `capacity.most_launched` may be unanswered. Raises
         ExecutorFailed."""
 
     @abstractmethod

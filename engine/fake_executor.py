@@ -87,7 +87,7 @@ class FakeExecutor(Executor):
     def launch(self, plan: StepPlan) -> int:
         """Check and apply the plan. Raises PlanError, or the planned fault."""
         self._fail_if(plan.step, at_launch=True)
-        if self.stopped or len(self._unanswered) >= self.capacity.max_in_flight:
+        if self.stopped or len(self._unanswered) >= self.capacity.most_launched:
             raise PlanError(f"step {plan.step}: {len(self._unanswered)} plans in flight, stopped: {self.stopped}")
         if plan.epoch != self._epoch and self._next_step == 0:
             self._epoch = plan.epoch

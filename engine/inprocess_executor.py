@@ -1,10 +1,13 @@
-"""InProcessExecutor: one rank, in the calling process. launch runs the plan; result hands its result over."""
+"""InProcessExecutor: one rank, in the calling process. launch hands a plan to the device where that waits for nothing,
+else result runs it."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from shoal.engine.executor import Capacity, Executor, ExecutorFailed
 from shoal.engine.messages import StepPlan, StepResult
-from shoal.engine.worker import Worker
+from shoal.engine.worker import Begun, Worker
 
 
 class InProcessExecutor(Executor):
@@ -12,25 +15,24 @@ class InProcessExecutor(Executor):
 
     def __init__(self, worker: Worker, capacity: Capacity) -> None:
         self.worker, self.capacity = worker, capacity
-        self.results: deque[tuple[int, StepResult]] = deque()
+        self.begun: deque[Begun] = deque()
         self.stopped = False
 
     def launch(self, plan: StepPlan) -> int:
-        """Run the plan at once. A failure inside it ends the executor, with its cause."""
+        """Begin with the plan. A failure in it ends the executor, with its cause."""
         if self.stopped:
             raise ExecutorFailed("the executor is stopped", rank=0)
-        try:
-            result = self.worker.run(plan)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            raise ExecutorFailed(f"{type(error).__name__} in step {plan.step}: {error}", rank=0) from error
-        assert result is not None, "one rank both computes and samples"
-        self.results.append((plan.step, result))
+        with named_failure(plan.step):
+            self.begun.append(self.worker.begin(plan))
         return plan.step
 
     def result(self, handle: int, timeout_s: float) -> StepResult:
-        """The result of a launched plan; never waits, since launch did."""
-        step, result = self.results.popleft()
-        assert step == handle, "results are taken in launch order"
+        """The result of a launched plan, computed now unless the device was quicker. A failure likewise."""
+        begun = self.begun.popleft()
+        assert begun.plan.step == handle, "results are taken in launch order"
+        with named_failure(handle):
+            result = self.worker.finish(begun)
+        assert result is not None, "one rank both computes and samples"
         return result
 
     def health(self) -> None:
@@ -43,3 +45,12 @@ class InProcessExecutor(Executor):
         if not self.stopped:
             self.stopped = True
             self.worker.close()
+
+
+@contextmanager
+def named_failure(step: int) -> Iterator[None]:
+    """Turn what a step may raise into ExecutorFailed."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise ExecutorFailed(f"{type(error).__name__} in step {step}: {error}", rank=0) from error

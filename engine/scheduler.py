@@ -15,7 +15,7 @@ from shoal.engine.admission import Admission
 from shoal.engine.block_tables import BlockTables
 from shoal.engine.cost_model import CostModel, StepLoad
 from shoal.engine.executor import Capacity
-from shoal.engine.messages import NewSequence, OutputDelta, PlanRow, RowResult, StepPlan, StepResult
+from shoal.engine.messages import NewSequence, OutputDelta, PlanRow, RowResult, StepPlan, StepResult, TokenRef
 from shoal.engine.result_check import check_result
 from shoal.engine.sequence import Sequence, Status
 from shoal.engine.step_budget import StepBudget
@@ -50,7 +50,7 @@ def _order(seq: Sequence) -> tuple[int, float, int]:
 class Scheduler:
     """Continuous batching over the block tables.
 
-    schedule -> (ranks) -> update, with up to capacity.max_in_flight plans between them.
+    schedule -> (ranks) -> update, with up to capacity.most_launched plans between them.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Scheduler:
     ) -> None:
         self.config, self.epoch = config, epoch
         self.max_in_flight, self.vocab_size = capacity.max_in_flight, capacity.vocab_size
+        self.most_launched, self.overlap = capacity.most_launched, capacity.overlap
         self.max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens * capacity.max_in_flight)
         self.tables = BlockTables(capacity, enable_prefix_caching=enable_prefix_caching)
         self.admission = Admission(self.tables)
@@ -131,7 +132,7 @@ class Scheduler:
                 prefilling.append(seq)
                 prefill += pending
                 continue
-            if pending:
+            if pending == 1 or (self.overlap and seq.may_follow):
                 decoding.append(seq)
             if self.max_in_flight > 1:
                 decode_cost += self.cost.row_cost(1, seq.num_computed)
@@ -148,7 +149,7 @@ class Scheduler:
         return Draft(budget), decoding, prefilling
 
     def _decode(self, draft: Draft, decoding: list[Sequence]) -> None:
-        """A row for every running sequence of which only the last token is not computed."""
+        """A row for every running sequence of which only the last token is not computed, be it known yet or not."""
         budget, balanced, size = draft.budget, self.max_in_flight > 1, self.tables.block_size
         for seq in decoding:
             if not budget.has_room_for_decode():
@@ -231,16 +232,19 @@ class Scheduler:
         """Grant the blocks of a sequence's next tokens and count them as computed: later steps run after this one."""
         tables, tokens, start = self.tables, seq.tokens, seq.num_computed
         stop, known, size = start + num_tokens, len(tokens), tables.block_size
+        ref = seq.last_row if start == known else None  # the token that row gives is this row's first
         new_block_ids = tables.no_blocks if stop <= len(seq.tables[0]) * size else tables.append(seq, num_tokens)
         told = tokens[seq.num_told :]
         draft.rows.append(
-            PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, seq.last_blocks, stop == known)
+            PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, seq.last_blocks, stop >= known, ref)
         )
+        if self.overlap and stop >= known:
+            seq.last_row = TokenRef(self.num_steps, len(draft.sequences))
         draft.sequences.append(seq)
-        if tables.windowed or stop // size > start // size:
-            draft.unsettled.append(seq)
-        seq.num_told, seq.num_computed = known, stop
+        seq.num_told, seq.num_computed = max(known, stop), stop
         seq.in_flight += 1
+        if tables.windowed or stop // size > start // size or (self.overlap and tables.unpublished(seq)):
+            draft.unsettled.append(seq)
 
     def _commit(self, draft: Draft) -> StepPlan:
         """The plan of a draft. What it fills and frees is for later steps, not for its own rows."""
@@ -307,7 +311,7 @@ class Scheduler:
             assert all(seq.status is status for seq in queue), f"a sequence in the queue is not {status}"
         assert self._waiting_tokens == sum(len(seq.tokens) for seq in self.waiting)
         assert all(not seq.in_flight and not seq.tables for seq in self.waiting), "a waiting sequence holds something"
-        assert len(self.running) <= self.max_num_running and len(self.launched) <= self.max_in_flight
+        assert len(self.running) <= self.max_num_running and len(self.launched) <= self.most_launched
         rows = [seq for launched in self.launched for seq in launched.sequences]
         for seq in self.running:
             assert seq.in_flight == rows.count(seq), "rows in flight are miscounted"

@@ -3,7 +3,14 @@
 from enum import Enum
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.messages import FinishReason, NewSequence, OutputDelta, Request, TokenLogprobs
+from shoal.engine.messages import (
+    FinishReason,
+    NewSequence,
+    OutputDelta,
+    Request,
+    TokenLogprobs,
+    TokenRef,
+)
 
 
 class Status(Enum):
@@ -18,7 +25,8 @@ class Sequence:
     """A request's tokens, how far they are computed, and the blocks that hold them.
 
     tokens: prompt, then output. num_computed: tokens whose KV is in the cache once every launched step has run.
-    num_told: tokens the ranks know the ids of. in_flight: launched rows without a result. keys: prefix keys of its
+    num_told: tokens the ranks know the ids of. in_flight: launched rows without a result; last_row: the last of those
+    that sample. keys: prefix keys of its
     leading full blocks. tables: per cache group, its block ids; first_live: per group, the index of the first one it
     still holds (those before fell out of the window); last_blocks: per group, the last one, a new list when it changes.
     num_hit_blocks: leading blocks it found in the cache.
@@ -31,6 +39,7 @@ class Sequence:
         "in_flight",
         "keys",
         "last_blocks",
+        "last_row",
         "logprobs",
         "max_num_tokens",
         "num_cached_tokens",
@@ -74,6 +83,7 @@ class Sequence:
         self.keys: list[bytes] = []
         self.wanted_key: bytes | None = None
         self.num_told = self.in_flight = 0
+        self.last_row: TokenRef | None = None
         self.num_given = len(request.emitted_token_ids)
         self.logprobs: list[TokenLogprobs] = []
         self.forget_cache(num_groups=0)
@@ -89,6 +99,18 @@ class Sequence:
     def pending(self) -> int:
         """Known tokens that no launched step computes: 0 while one is being sampled, 1 in decoding, more in prefill."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose KV is in the cache once every launched step has run, and whose ids are known."""
+        return min(self.num_computed, len(self.tokens))
+
+    @property
+    def may_follow(self) -> bool:
+        """Whether the token being sampled is sure to be followed by one, unless it ends the output by itself."""
+        return (
+            self.in_flight > 0 and len(self.tokens) == self.num_computed and self.num_computed + 1 < self.max_num_tokens
+        )
 
     @property
     def num_output_tokens(self) -> int:

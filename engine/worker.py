@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
 from shoal.model.families import load_spec
+from shoal.model.graph_steps import BegunStep
 from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.kv_scales import read_kv_scales
@@ -46,6 +48,23 @@ IDLE_S = 0.5  # after a step nothing is under way
 TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
 SHARED_BYTES = 1 << 30  # of keys and values of a layer, which a GPU reads while the host launches one layer's kernels
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
+
+
+@dataclass(slots=True)
+class Begun:
+    """A plan whose result has not been taken. step: what the device has of it, with the sequences of its rows and the
+    moment it was handed over; None where nothing was begun yet. followers: sequences, with the place among their tokens
+    where the token of a row of this plan belongs. done: whether `result` is there.
+    """
+
+    plan: StepPlan
+    previous: "Begun | None" = None
+    step: BegunStep | None = None
+    sequences: list[SequenceState] = field(default_factory=list)
+    started: float = 0.0
+    followers: list[tuple[SequenceState, int, int]] = field(default_factory=list)
+    result: StepResult | None = None
+    done: bool = False
 
 
 class Worker:
@@ -71,6 +90,7 @@ class Worker:
         self.graph_rows = graph_rows(config) if mesh.tensor.capturable else ()
         self.state = self.new_state()
         self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
+        self.begun: Begun | None = None  # the last plan
 
     def new_state(self, *, padded: bool = True) -> BatchState:
         """A batch state that holds nothing. padded: decode steps may be CUDA graphs."""
@@ -124,7 +144,7 @@ class Worker:
         self.state = self.new_state(padded=False)
         with ActivationMeter(self.device) as meter:
             self.run(plan)
-        self.state = self.new_state()
+        self.state, self.begun = self.new_state(), None
         self.sampled.clear()
         del self.cache
         sampling = sampling_bytes(self.spec, self.shard, self.config) if self.shard.has_head else 0
@@ -152,16 +172,77 @@ class Worker:
             tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
             touch_ahead(tensors, TOUCHED_BYTES, partial(is_idle, weakref.ref(self)))
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a plan can be begun before the one before it is done: one rank, which feeds on its own graphs."""
+        return bool(self.graph_rows) and self.mesh.world.size == 1
+
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""
+        return self.finish(self.begin(plan))
+
+    def begin(self, plan: StepPlan) -> Begun:
+        """Take a plan, and hand it to the device if that waits for nothing; its rows may refer to the plan before,
+        whose result must have been taken before the next is begun. Raises as run.
+        """
         self.ran_at = math.inf
+        previous = self.begun
+        if previous is not None and previous.step is None:
+            self.finish(previous)  # it runs first
+        pending = previous if previous is not None and not previous.done else None
+        begun = self.begun = Begun(plan, pending)
+        self.state.apply(plan, self.resolve_refs(plan, pending))
+        if pending is not None:
+            rows = [row for row in plan.rows if row.ref is not None]
+            follow = [self.state.sequences[row.request_id] for row in rows]
+            pending.followers = [
+                (sequence, len(sequence.token_ids) - 1, row.ref.row)
+                for sequence, row in zip(follow, rows, strict=True)
+                if row.ref is not None
+            ]
+        if self.overlaps and plan.rows:
+            self.try_begin(begun)
+        return begun
+
+    def try_begin(self, begun: Begun) -> None:
+        """Hand a plan to the device that needs nothing from the host but what is known now."""
+        rows, state = begun.plan.rows, self.state
+        if any(row.num_tokens > 1 or not row.sample for row in rows):
+            return
+        sequences = [state.sequences[row.request_id] for row in rows]
+        if all(map(self.chooser.is_decided_in_graphs, sequences)):
+            started, batch = time.perf_counter(), state.build_padded(begun.plan, sequences)
+            if batch is not None:
+                begun.step, begun.sequences, begun.started = self.stage.begin(batch, self.cache), sequences, started
+
+    def finish(self, begun: Begun) -> StepResult | None:
+        """The result of a begun plan, as run gives it. Raises as run."""
+        if begun.done:
+            return begun.result
+        if begun.previous is not None:
+            self.finish(begun.previous)
+            begun.previous = None
         try:
-            return self._run(plan)
+            begun.result = self.run_begun(begun) if begun.step is not None else self.run_now(begun.plan)
         finally:
             self.ran_at = time.monotonic()
+        begun.done = True
+        for sequence, place, row in begun.followers:
+            sequence.token_ids[place] = self.sampled[begun.plan.step][row]
+        return begun.result
 
-    def _run(self, plan: StepPlan) -> StepResult | None:
-        self.state.apply(plan, self.resolve_refs(plan))
+    def run_begun(self, begun: Begun) -> StepResult:
+        """What the device makes of a plan."""
+        plan = begun.plan
+        assert begun.step is not None
+        output = begun.step.output(range(len(plan.rows)))
+        forward = time.perf_counter()
+        rows = self.row_results(plan, self.chooser.of_step(output, begun.sequences), [None] * len(plan.rows))
+        timing = RankTiming(self.mesh.rank, forward - begun.started, 0.0, time.perf_counter() - forward)
+        return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
+
+    def run_now(self, plan: StepPlan) -> StepResult | None:
+        """Run a plan that was applied, from beginning to end."""
         if not plan.rows:
             return StepResult(epoch=plan.epoch, step=plan.step, rows=[]) if self.samples else None
         batch = self.state.build(plan)
@@ -217,12 +298,17 @@ class Worker:
         timing = RankTiming(self.mesh.rank, forward - waited, waited - started, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
-    def resolve_refs(self, plan: StepPlan) -> dict[tuple[int, int], int]:
-        """The tokens of the plan's TokenRefs, told to all ranks by the one that sampled them. Collective when there are
-        any."""
+    def resolve_refs(self, plan: StepPlan, pending: Begun | None) -> dict[tuple[int, int], int]:
+        """The tokens of the plan's TokenRefs, told to all ranks by the one that sampled them; of the pending plan,
+        whose tokens are not known yet, references for the device (kernels/gpu/token_refs.py). Collective when there are
+        any and none is pending.
+        """
         refs = [(row.ref.step, row.ref.row) for row in plan.rows if row.ref is not None]
         if not refs:
             return {}
+        if pending is not None:
+            assert all(step == pending.plan.step for step, _ in refs), "only the plan before is in flight"
+            return {(step, row): -1 - row for step, row in refs}
         known = [self.sampled.get(step, {}).get(row, -1) for step, row in refs]
         tokens = torch.tensor(known, device=self.device)
         sampling_rank = self.mesh.world.size - self.shard.tp_size

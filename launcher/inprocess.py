@@ -72,5 +72,5 @@ def load_inprocess(config: ShoalConfig, spec: DecoderSpec, model_dir: Path) -> t
         ranks_per_device=1,
     )
     worker.allocate_cache(plan.num_blocks)
-    executor = InProcessExecutor(worker, make_capacity(plan, spec, max_in_flight=1))
+    executor = InProcessExecutor(worker, make_capacity(plan, spec, max_in_flight=1, overlap=worker.overlaps))
     return settled, executor, format_ledger([report], [shard], config.cache.reserve, plan)

@@ -33,7 +33,7 @@ from shoal.model.fused import (
     step_embedding,
     step_head,
 )
-from shoal.model.graph_steps import GraphSteps
+from shoal.model.graph_steps import BegunStep, GraphSteps
 from shoal.model.kv_cache import KVCache, LayerCache
 from shoal.model.norms import NormLayer, make_norm
 from shoal.model.parameters import head_is_shared
@@ -309,6 +309,12 @@ class Stage:
         hidden, group = self.spec.hidden_size, self.tensor.native()
         return [WholeStep(library, runs, embedding, head, rotary_dims, self.dtype, hidden, group)]
 
+    def begin(self, batch: BatchInput, cache: KVCache) -> BegunStep:
+        """A step of a batch with settings, on its way: of a stage that has both embedding and head."""
+        whole = self.whole(batch, cache)
+        assert isinstance(whole, GraphSteps), "asked for settings only where there are graphs"
+        return whole.begin(batch, cache)
+
     def step(
         self,
         batch: BatchInput,
@@ -322,7 +328,8 @@ class Stage:
         """
         whole, call = self.whole(batch, cache), batch.whole
         if isinstance(whole, GraphSteps):
-            return whole.run(batch, cache, rows, receive)
+            begun = whole.begin(batch, cache, receive)
+            return begun.output(rows if self.shard.has_head else []), begun.hidden_RH
         assert whole is not None, "asked for before"
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]

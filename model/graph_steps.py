@@ -1,6 +1,9 @@
 """GraphSteps: decode steps of a stage on a GPU, each one CUDA graph from token ids to the tokens chosen. Hosts hand
 over a step's kernels one by one more slowly than the device computes them; a graph is one launch.
 
+Hosts are slow between steps, too: `begin` waits for nothing, and tokens may be references to what the step before
+chooses (kernels/gpu/token_refs.py), so that a step can be begun before the one before it is done.
+
 A graph is captured when a batch comes for the first time (that step runs kernel by kernel), and replayed whenever it
 comes again: a batch is its tensors, whose contents change (engine/padded_batch.py makes such). Graphs read weights,
 tables and cache where they lie, share one pool of memory for what is temporary, and leave results in memory of this
@@ -13,7 +16,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +28,8 @@ from shoal.model.shard import ModelShard
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.communicator import Communicator
 from shoal.parallel.embedding import best_of_shards
+
+MOST_BEGUN = 2  # steps whose output has not been taken
 
 logger = logging.getLogger("shoal.model")
 
@@ -45,6 +50,25 @@ class StageParts(Protocol):
     def shard_logits(self, shard_RV: torch.Tensor) -> torch.Tensor: ...
 
 
+class BegunStep(NamedTuple):
+    """A step on its way. hidden_RH: for the stage after; the rest is for `output`."""
+
+    head_RV: torch.Tensor
+    told_R2: torch.Tensor
+    hidden_RH: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def output(self, rows: Sequence[int]) -> StepOutput:
+        """What these rows of the batch gave, once the device has it. head_RV holds until the next step is begun."""
+        if self.done is not None:
+            self.done.synchronize()
+        chosen = self.told_R2.tolist()
+        in_order = list(rows) == list(range(len(rows)))
+        head_RV = self.head_RV[: len(rows)] if in_order else self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
+        best, values = [int(chosen[row][0]) for row in rows], [chosen[row][1] for row in rows]
+        return StepOutput(head_RV, best, values, sampled=True)
+
+
 class GraphSteps:
     """Of one stage on one cache, for batches with settings, of at most so many rows."""
 
@@ -54,22 +78,21 @@ class GraphSteps:
         first, stop = stage.shard.vocab(stage.spec.vocab_size) if stage.shard.has_head else (0, 0)
         self.first_token, rows = first, most_rows if stage.shard.has_head else 0
         self.head_RV = torch.zeros((rows, stop - first), dtype=stage.dtype, device=device)
+        self.tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.chosen_R2 = torch.zeros((rows, 2), dtype=torch.float64, device=device)  # tokens, their logits
+        pinned = device.type == "cuda"
+        self.told = [torch.zeros((rows, 2), dtype=torch.float64, pin_memory=pinned) for _ in range(MOST_BEGUN)]
+        self.num_begun = 0
         self.graphs: WeakKeyDictionary[BatchInput, dict[bool, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
         self.captures = device.type == "cuda"
         if self.captures:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
-    def run(
-        self,
-        batch: BatchInput,
-        cache: KVCache,
-        rows: Sequence[int],
-        receive: Callable[[torch.Tensor], None] | None,
-    ) -> tuple[StepOutput, torch.Tensor]:
-        """The step. cache: always the same; rows: which of the batch's sample; receive: fills [R, H] with the hidden
-        states of the stage before, where there is one. Returns what they gave, and [R, H] for the stage after; both
-        valid until the next call.
+    def begin(
+        self, batch: BatchInput, cache: KVCache, receive: Callable[[torch.Tensor], None] | None = None
+    ) -> "BegunStep":
+        """Hand the step to the device. cache: always the same; receive: fills [R, H] with the hidden states of the
+        stage before, where there is one. The output of at most MOST_BEGUN steps may be outstanding.
         """
         assert batch.settings is not None and batch.num_rows <= self.most_rows, batch.num_rows
         hidden_RH = self.hidden_RH[: batch.num_rows]
@@ -80,17 +103,21 @@ class GraphSteps:
         if self.stage.on_layer is not None:
             self.stage.on_layer()
         if not self.stage.shard.has_head:
-            return StepOutput(self.head_RV, [], []), hidden_RH
-        chosen = self.chosen_R2[: batch.num_rows].tolist()
-        in_order = list(rows) == list(range(len(rows)))
-        head_RV = self.head_RV[: len(rows)] if in_order else self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
-        best, values = [int(chosen[row][0]) for row in rows], [chosen[row][1] for row in rows]
-        return StepOutput(head_RV, best, values, sampled=True), hidden_RH
+            return BegunStep(self.head_RV, self.told[0][:0], hidden_RH, None)
+        told_R2 = self.told[self.num_begun % MOST_BEGUN][: batch.num_rows]
+        self.num_begun += 1
+        told_R2.copy_(self.chosen_R2[: batch.num_rows], non_blocking=True)
+        done = torch.cuda.current_stream().record_event() if hidden_RH.is_cuda else None
+        return BegunStep(self.head_RV, told_R2, hidden_RH, done)
 
     @torch.inference_mode()
     def compute(self, batch: BatchInput, settings: RowSettings, cache: KVCache, filters: bool) -> None:
         """From the batch's tensors, or hidden_RH, to hidden_RH, or head_RV and chosen_R2. Waits for nothing."""
         stage, count = self.stage, batch.num_rows
+        if stage.shard.has_embedding and stage.shard.has_head:
+            from shoal.kernels.gpu.token_refs import launch_token_refs
+
+            launch_token_refs(batch.token_ids_T, self.tokens_R)
         hidden_RH = stage.embed(batch) if stage.shard.has_embedding else self.hidden_RH[:count]
         hidden_RH = stage.forward(batch, hidden_RH, cache)
         if not stage.shard.has_head:
@@ -99,7 +126,7 @@ class GraphSteps:
         head_RV = self.head_RV[:count].copy_(stage.head_shard(hidden_RH))
         logits_RV = stage.shard_logits(head_RV.to(torch.float32, copy=True))
         tokens_R, picked_R = self.choose(logits_RV, settings, filters)
-        self.chosen_R2[:count, 0] = tokens_R
+        self.tokens_R[:count] = self.chosen_R2[:count, 0] = tokens_R
         self.chosen_R2[:count, 1] = picked_R
 
     def choose(

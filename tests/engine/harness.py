@@ -22,6 +22,7 @@ def make_capacity(
     windows: tuple[int | None, ...] = (None,),
     max_model_len: int = 64,
     max_in_flight: int = 1,
+    overlap: bool = False,
 ) -> Capacity:
     """A cache group per window, with num_blocks each."""
     names = ["full" if window is None else f"window{window}" for window in windows]
@@ -32,6 +33,7 @@ def make_capacity(
         max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,
         max_in_flight=max_in_flight,
+        overlap=overlap,
     )
 
 

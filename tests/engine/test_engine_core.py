@@ -72,14 +72,16 @@ def crowd(rng: random.Random, count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 3])
+@pytest.mark.parametrize(("max_in_flight", "overlap"), [(1, False), (1, True), (3, False)])
 @pytest.mark.parametrize("windows", [(None,), (None, 6)])
 @pytest.mark.parametrize("num_blocks", [32, 256])
 @pytest.mark.parametrize("max_num_batched_tokens", [2, 7, 64])
 def test_tokens_do_not_depend_on_neighbours_budget_cache_or_room(
-    max_in_flight: int, windows: tuple[int | None, ...], num_blocks: int, max_num_batched_tokens: int
+    max_in_flight: int, overlap: bool, windows: tuple[int | None, ...], num_blocks: int, max_num_batched_tokens: int
 ) -> None:
-    capacity = make_capacity(num_blocks=num_blocks, block_size=2, windows=windows, max_in_flight=max_in_flight)
+    capacity = make_capacity(
+        num_blocks=num_blocks, block_size=2, windows=windows, max_in_flight=max_in_flight, overlap=overlap
+    )
     core = make_core(capacity, max_num_batched_tokens=max_num_batched_tokens)
     core.scheduler.admission.fits = lambda running, candidate, hit: True  # type: ignore[method-assign]
     requests = crowd(random.Random(1), 20)
@@ -289,9 +291,13 @@ def test_requests_end_at_their_deadline() -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault(step=3, rank=2), Fault(step=3, at_launch=True), Fault(step=3, hangs=True)])
-@pytest.mark.parametrize("max_in_flight", [1, 2])
-def test_when_the_executor_fails_every_stream_ends_with_the_first_cause(fault: Fault, max_in_flight: int) -> None:
-    core = make_core(make_capacity(max_in_flight=max_in_flight), fault=fault, clock=VirtualClock(), max_num_seqs=2)
+@pytest.mark.parametrize(("max_in_flight", "overlap"), [(1, False), (1, True), (2, False)])
+def test_when_the_executor_fails_every_stream_ends_with_the_first_cause(
+    fault: Fault, max_in_flight: int, overlap: bool
+) -> None:
+    core = make_core(
+        make_capacity(max_in_flight=max_in_flight, overlap=overlap), fault=fault, clock=VirtualClock(), max_num_seqs=2
+    )
     outputs = {name: Output() for name in "abc"}
     for name in outputs:
         core.add(make_request(name, [1, 2], 30, ignore_eos=True))

@@ -37,6 +37,7 @@ def random_core(rng: random.Random, **fixed: Any) -> EngineCore:
         "block_size": rng.choice([1, 3, 4, 16, 256]),
         "windows": rng.choice(LAYOUTS),
         "max_in_flight": rng.randrange(1, 5),
+        "overlap": rng.random() < 0.5,
         **fixed,
     }
     block_size = choices["block_size"]
@@ -212,13 +213,13 @@ def run_stream(seed: int, num_events: int, **fixed: Any) -> EngineCore:
     return stream.core
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("max_in_flight", [1, 2, 3, 4])
 @pytest.mark.parametrize("block_size", [1, 3, 16, 256])
-def test_a_random_stream_gives_the_oracles_tokens(block_size: int, max_in_flight: int) -> None:
+def test_a_random_stream_gives_the_oracles_tokens(block_size: int, max_in_flight: int, overlap: bool) -> None:
     for windows in LAYOUTS:
-        run_stream(
-            block_size * 10 + max_in_flight, 12, block_size=block_size, max_in_flight=max_in_flight, windows=windows
-        )
+        fixed = {"block_size": block_size, "max_in_flight": max_in_flight, "overlap": overlap, "windows": windows}
+        run_stream(block_size * 10 + max_in_flight, 12, **fixed)
 
 
 @pytest.mark.slow
