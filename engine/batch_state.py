@@ -14,14 +14,17 @@ import torch
 
 from shoal.engine.decode_batch import DecodeBatch
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan
-from shoal.engine.padded_batch import PaddedBatch
+from shoal.engine.padded_batch import MixedBatch, PaddedBatch
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, GroupTables
+from shoal.model.memory_estimate import MOST_GRAPHS, GraphSizes
 
 LEAST_SHARING_ROWS, LEAST_SHARED_KEYS = 4, 256  # below, one more pass over the batch costs more than reading keys again
 LEAST_WIDTH = 16  # of a block table that is kept
 LEAST_PADDED_KEYS = 512  # of a padded batch
-MOST_PADDED = 48  # batches kept: every one has graphs
+MOST_PADDED = MOST_GRAPHS // 2  # batches kept: each has two graphs at most
+MOST_SEEN = 512
+Size = tuple[int, int, int]  # rows, tokens, width of block tables
 
 
 class PlanMismatch(RuntimeError):
@@ -29,12 +32,12 @@ class PlanMismatch(RuntimeError):
 
 
 class Padding(NamedTuple):
-    """Decode steps are padded to the next of these numbers of rows; not where all rows but one would read so many keys
-    again that they share, together.
+    """Steps are padded to the next of these sizes; those of one token per row not where all rows but one would read so
+    many keys again that they share, together.
     """
 
-    rows: tuple[int, ...] = ()
-    shared_keys: int = 0
+    sizes: GraphSizes
+    shared_keys: int
 
 
 class BatchState:
@@ -42,10 +45,11 @@ class BatchState:
 
     def __init__(self, block_size: int, num_groups: int, device: torch.device, padding: Padding | None = None) -> None:
         self.block_size, self.num_groups, self.device = block_size, num_groups, device
-        self.padding = padding or Padding()
+        self.padding = padding
         self.sequences: dict[str, SequenceState] = {}
         self.decode: DecodeBatch | None = None
-        self.padded: OrderedDict[tuple[int, int], PaddedBatch] = OrderedDict()  # by rows and width; the oldest first
+        self.padded: OrderedDict[Size, PaddedBatch] = OrderedDict()  # the longest unused first
+        self.seen: OrderedDict[Size, int] = OrderedDict()  # sizes of steps, with the number of the first, likewise
 
     def apply(self, plan: StepPlan, sampled: Mapping[tuple[int, int], int]) -> None:
         """Drop, add and extend sequences as the plan says. sampled: (step, row) -> token of the plan's TokenRefs.
@@ -117,12 +121,10 @@ class BatchState:
         """The tensors of the plan's rows, in their order; marks their tokens as computed. Call after apply, once. Valid
         until the next call."""
         sequences = [self.sequences[row.request_id] for row in plan.rows]
-        if plan.rows and all(row.num_tokens == 1 for row in plan.rows):
-            batch = self.build_padded(plan, sequences) if self.padding.rows else None
-            if batch is not None:
-                return batch
-            if self.device.type == "cpu":
-                return self.build_decode(plan, sequences)
+        if plan.rows and (batch := self.build_padded(plan, sequences)) is not None:
+            return batch
+        if plan.rows and self.device.type == "cpu" and all(row.num_tokens == 1 for row in plan.rows):
+            return self.build_decode(plan, sequences)
         counts = np.array([row.num_tokens for row in plan.rows], np.int64)
         starts = np.array([row.num_computed_tokens for row in plan.rows], np.int64)
         cu_seqlens = np.zeros(len(counts) + 1, np.int32)
@@ -159,25 +161,48 @@ class BatchState:
         return batch
 
     def build_padded(self, plan: StepPlan, sequences: list[SequenceState]) -> BatchInput | None:
-        """The same, of a number of rows and a width that come again, in tensors that stay; None where that would not
-        help.
-        """
-        count = next((size for size in self.padding.rows if size >= len(sequences)), None)
-        if count is None:
+        """The same, of a size that comes again, in tensors that stay; None where that would not help, or cannot be."""
+        size = self.padded_size(plan, sequences)
+        if size is None:
             return None
-        blocks = max(LEAST_PADDED_KEYS // self.block_size, *(max(one.num_blocks) for one in sequences))
-        key = count, 1 << (blocks - 1).bit_length()
-        padded = self.padded.pop(key, None) or PaddedBatch(*key, self.num_groups, self.block_size, self.device)
-        self.padded[key] = padded
+        rows, tokens, width = size
+        padded = self.padded.pop(size, None)
+        if padded is None:
+            kind = MixedBatch if tokens > rows else PaddedBatch
+            padded = kind(rows, tokens, width, self.num_groups, self.block_size, self.device)
+        self.padded[size] = padded
         while len(self.padded) > MOST_PADDED:
             self.padded.popitem(last=False)
         fits = padded.begin(sequences)
-        assert fits, "it was made for them"
-        first = min(row.num_computed_tokens for row in plan.rows)
-        shared = max(shared_keys(table[: len(sequences)], first, self.block_size) for table in padded.tables)
-        if shared * (len(sequences) - 1) > self.padding.shared_keys:
-            return None
+        assert fits and self.padding is not None, "it was made for them"
+        if tokens == rows:
+            first = min(row.num_computed_tokens for row in plan.rows)
+            shared = max(shared_keys(table[: len(sequences)], first, self.block_size) for table in padded.tables)
+            if shared * (len(sequences) - 1) > self.padding.shared_keys:
+                return None
         return padded.fill(plan.rows, sequences)
+
+    def padded_size(self, plan: StepPlan, sequences: list[SequenceState]) -> Size | None:
+        """What to pad a step to. Mixed steps have many sizes: theirs are padded from the second of a size on."""
+        if self.padding is None:
+            return None
+        sizes, count = self.padding.sizes, len(sequences)
+        total = sum(row.num_tokens for row in plan.rows)
+        blocks = max(LEAST_PADDED_KEYS // self.block_size, *(max(one.num_blocks) for one in sequences))
+        if total == count:
+            rows = next((size for size in sizes.rows if size >= count), None)
+            return None if rows is None else (rows, rows, 1 << (blocks - 1).bit_length())
+        rows = next((size for size in sizes.mixed_rows if size >= count), None)
+        tokens = next((size for size in sizes.tokens if size >= max(total, (rows or 0) + 1)), None)
+        if rows is None or tokens is None:
+            return None
+        least = LEAST_PADDED_KEYS // self.block_size
+        size = rows, tokens, least << 2 * (((blocks - 1) // least).bit_length() + 1 >> 1)
+        first = self.seen.pop(size, plan.step)
+        self.seen[size] = first
+        while len(self.seen) > MOST_SEEN:
+            self.seen.popitem(last=False)
+        return None if first == plan.step else size
 
     def group_tables(
         self,

@@ -40,7 +40,7 @@ class StepMemory(NamedTuple):
 
 class DecodeBatch:
     """For steps of so many rows, after which nobody looks at their tensors. widths: of the block tables, by cache
-    group; more: other arrays in the same memory.
+    group; tokens: of all rows, default: one each; more: other arrays in the same memory.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class DecodeBatch:
         widths: Sequence[int],
         block_size: int,
         device: torch.device,
+        tokens: int | None = None,
         more: Layout | None = None,
     ) -> None:
         self.block_size, self.widths, groups = block_size, widths, range(len(widths))
+        names, tokens = ("token_ids", "positions", *(f"slots {group}" for group in groups)), tokens or count
         self.memory = StepMemory.zeros(
             {
-                **dict.fromkeys(
-                    ("token_ids", "positions", *(f"slots {group}" for group in groups)), (np.int64, (count,))
-                ),
+                **dict.fromkeys(names, (np.int64, (tokens,))),
                 "seq_lens": (np.int32, (count,)),
                 "bounds": (np.int32, (count + 1,)),
                 **(more or {}),

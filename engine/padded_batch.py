@@ -1,8 +1,9 @@
-"""PaddedBatch: a DecodeBatch of a GPU. Its tensors keep their place, so that a step on them can be a CUDA graph
-(model/graph_steps.py), and come to the device in one copy.
+"""PaddedBatch: the tensors of a GPU's steps of about so many rows and tokens. They keep their place, so that a step on
+them can be a CUDA graph (model/graph_steps.py), and come to the device in one copy.
 
-There are few sizes, so that there are few graphs. Rows beyond a step's repeat its shortest one and write nothing to the
-cache: what they compute is finite, routes to experts that are read already, and is not looked at.
+There are few sizes, so that there are few graphs. In a step of one token per row the rows beyond its own repeat its
+shortest one and write nothing to the cache: what they compute is finite, routes to experts that are read already, and
+is not looked at. In others (MixedBatch) the tokens beyond its own belong to no row.
 """
 
 from collections.abc import Sequence
@@ -16,43 +17,38 @@ from shoal.engine.messages import PlanRow
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, RowSettings
 
-FLOATS, INTEGERS = ("temperature", "top_p", "min_p"), ("top_k", "seeds", "drawn", "sample_indices")  # RowSettings
+FLOATS, INTEGERS = ("temperature", "top_p", "min_p"), ("top_k", "seeds", "drawn", "sample_indices", "ends")  # settings
 NOWHERE = -1  # a slot
 
 
 class PaddedBatch(DecodeBatch):
-    """count: rows, at least a step's; width: of all block tables."""
+    """rows, tokens: at least a step's; width: of all block tables."""
 
-    def __init__(self, count: int, width: int, num_groups: int, block_size: int, device: torch.device) -> None:
-        settings: Layout = {
-            name: (np.float32 if name in FLOATS else np.int64, (count,)) for name in (*FLOATS, *INTEGERS)
-        }
-        super().__init__(count, [width] * num_groups, block_size, device, settings)
-        self.settings = {name: self.memory.arrays[name] for name in settings}
+    def __init__(
+        self, rows: int, tokens: int, width: int, num_groups: int, block_size: int, device: torch.device
+    ) -> None:
+        layout: Layout = {name: (np.float32 if name in FLOATS else np.int64, (rows,)) for name in (*FLOATS, *INTEGERS)}
+        super().__init__(rows, [width] * num_groups, block_size, device, tokens, layout)
+        self.settings = {name: self.memory.arrays[name] for name in layout}
         self.drawn = self.settings["drawn"].data
-        self.batch.max_seqlen_k = width * block_size
-        temperature, top_p, min_p, top_k, seeds, drawn, sample_indices = (
-            self.memory.tensors[name] for name in settings
+        self.filtering = [False] * rows
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        temperature, top_p, min_p, top_k, seeds, drawn, sample_indices, ends = (
+            self.memory.tensors[name] for name in layout
         )
         self.batch.settings = RowSettings(temperature, top_p, min_p, top_k, seeds, drawn, sample_indices)
-        self.filtering = [False] * count
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.batch.max_seqlen_k = width * block_size
+        if tokens > rows:
+            self.batch.settings.ends, self.batch.max_seqlen_q = ends, tokens
 
     def hold(self, index: int, sequence: SequenceState) -> bool:
         """The sequence's settings as well."""
         held, params = self.held[index], sequence.sampling
         if held is None or held[0] is not sequence:
-            mine = (
-                params.temperature,
-                params.top_p,
-                params.min_p,
-                params.top_k,
-                sequence.seed,
-                0,
-                sequence.sample_index,
-            )
-            for name, value in zip((*FLOATS, *INTEGERS), mine, strict=True):
+            mine = (params.temperature, params.top_p, params.min_p, params.top_k, sequence.seed)
+            for name, value in zip((*FLOATS, *INTEGERS), mine, strict=False):
                 self.settings[name][index] = value
+            self.settings["sample_indices"][index] = sequence.sample_index
             self.filtering[index] = filters(params)
         return super().hold(index, sequence)
 
@@ -70,21 +66,49 @@ class PaddedBatch(DecodeBatch):
         for index, sequence in enumerate(sequences):
             self.drawn[index] = sequence.num_output_tokens
         settings.filters = any(self.filtering[:count])
-        if count < len(self.held):
-            self.pad(count)
+        self.settings["temperature"][count:] = 0.0
+        self.held[count:] = [None] * (len(self.held) - count)
         if self.copied is not None:
             self.memory.device.copy_(self.memory.host, non_blocking=True)
             self.copied.record()
         return self.batch
 
-    def pad(self, count: int) -> None:
-        """Make the rows from `count` on the shortest one's, whose block ids all lie within the cache."""
-        arrays, rest = self.memory.arrays, slice(count, len(self.held))
-        shortest = int(arrays["seq_lens"][:count].argmin())
+    def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
+        """The rows beyond a step's as well."""
+        longest, count = super().write(rows, sequences), len(rows)
+        arrays, shortest = self.memory.arrays, int(self.memory.arrays["seq_lens"][:count].argmin())
         for name in ("token_ids", "positions", "seq_lens"):
-            arrays[name][rest] = arrays[name][shortest]
+            arrays[name][count:] = arrays[name][shortest]
         for group, table in enumerate(self.tables):
-            table[rest] = table[shortest]
-            arrays[f"slots {group}"][rest] = NOWHERE
-        arrays["temperature"][rest] = 0.0
-        self.held[rest] = [None] * (len(self.held) - count)
+            table[count:] = table[shortest]  # all its blocks lie within the cache
+            arrays[f"slots {group}"][count:] = NOWHERE
+        return longest
+
+
+class MixedBatch(PaddedBatch):
+    """Rows of any number of tokens."""
+
+    def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
+        """See DecodeBatch."""
+        count, arrays, size = len(rows), self.memory.arrays, self.block_size
+        counts = np.array([row.num_tokens for row in rows])
+        starts = np.array([row.num_computed_tokens for row in rows])
+        bounds = arrays["bounds"]
+        np.cumsum(counts, out=bounds[1 : count + 1])
+        total = int(bounds[count])
+        bounds[count + 1 :] = total
+        tokens: list[int] = []
+        for row, sequence in zip(rows, sequences, strict=True):
+            stop = sequence.num_computed_tokens = row.num_computed_tokens + row.num_tokens
+            tokens += sequence.token_ids[row.num_computed_tokens : stop]
+        row_of_token = np.repeat(np.arange(count), counts)
+        positions = np.arange(total) + (starts - bounds[:count])[row_of_token]
+        for name, values, rest in (("token_ids", tokens, 0), ("positions", positions, 0)):
+            arrays[name][:total], arrays[name][total:] = values, rest
+        arrays["seq_lens"][:count], arrays["seq_lens"][count:] = starts + counts, 0
+        arrays["ends"][:count], arrays["ends"][count:] = bounds[1 : count + 1] - 1, 0
+        for group, table in enumerate(self.tables):
+            slots = arrays[f"slots {group}"]
+            slots[:total] = table[row_of_token, positions // size].astype(np.int64) * size + positions % size
+            slots[total:] = NOWHERE
+        return int((starts + counts).max())

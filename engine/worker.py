@@ -36,7 +36,7 @@ from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.kv_scales import read_kv_scales
 from shoal.model.ledger import MemoryReport
-from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, graph_bytes, graph_rows, sampling_bytes
+from shoal.model.memory_estimate import PROMPT_LOGPROB_ROWS, graph_bytes, graph_sizes, sampling_bytes
 from shoal.model.parameters import head_is_shared
 from shoal.model.prepare import num_bytes, prepare_weights
 from shoal.model.shard import ModelShard
@@ -87,17 +87,17 @@ class Worker:
             use_gpu(device)
         self.samples = shard.has_head and shard.tp_rank == 0
         self.ran_at = time.monotonic()  # when the last step ended; infinity within one
-        self.graph_rows = graph_rows(config) if mesh.tensor.capturable else ()
+        self.graph_sizes = graph_sizes(config) if mesh.tensor.capturable else None
         self.state = self.new_state()
         self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
         self.begun: Begun | None = None  # the last plan
 
     def new_state(self, *, padded: bool = True) -> BatchState:
-        """A batch state that holds nothing. padded: decode steps may be CUDA graphs."""
+        """A batch state that holds nothing. padded: steps may be CUDA graphs."""
         block_size, layers = self.config.cache.block_size, self.shard.last_layer - self.shard.first_layer
         itemsize = kv_itemsize(self.config.cache.dtype, self.dtype.itemsize)
         key_bytes = max(1, sum(kv_bytes_per_block(self.spec, self.shard, block_size, itemsize)) // block_size // layers)
-        padding = Padding(self.graph_rows, SHARED_BYTES // key_bytes) if padded else None
+        padding = Padding(self.graph_sizes, SHARED_BYTES // key_bytes) if padded and self.graph_sizes else None
         return BatchState(block_size, len(self.spec.cache_windows), self.device, padding)
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -125,7 +125,7 @@ class Worker:
             self.mesh.tensor,
             deterministic=self.config.runtime.deterministic,
             max_model_len=self.config.model.max_model_len,
-            graph_rows=max(self.graph_rows, default=0),
+            graph_sizes=None if self.graph_sizes is None else self.graph_sizes.most(),
         )
         self.chooser = TokenChooser(self.stage, self.mesh.tensor)
 
@@ -148,7 +148,7 @@ class Worker:
         self.sampled.clear()
         del self.cache
         sampling = sampling_bytes(self.spec, self.shard, self.config) if self.shard.has_head else 0
-        graphs = graph_bytes(self.spec, self.shard, self.config, self.dtype.itemsize) if self.graph_rows else 0
+        graphs = graph_bytes(self.spec, self.shard, self.config, self.dtype.itemsize) if self.graph_sizes else 0
         return MemoryReport(
             rank=self.mesh.rank,
             weights_bytes=self.weights_bytes,
@@ -175,7 +175,7 @@ class Worker:
     @property
     def overlaps(self) -> bool:
         """Whether a plan can be begun before the one before it is done: one rank, which feeds on its own graphs."""
-        return bool(self.graph_rows) and self.mesh.world.size == 1
+        return self.graph_sizes is not None and self.mesh.world.size == 1
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; its result on the rank that samples, None elsewhere. Raises PlanMismatch, CollectiveError."""
@@ -206,14 +206,16 @@ class Worker:
 
     def try_begin(self, begun: Begun) -> None:
         """Hand a plan to the device that needs nothing from the host but what is known now."""
-        rows, state = begun.plan.rows, self.state
-        if any(row.num_tokens > 1 or not row.sample for row in rows):
-            return
-        sequences = [state.sequences[row.request_id] for row in rows]
-        if all(map(self.chooser.is_decided_in_graphs, sequences)):
-            started, batch = time.perf_counter(), state.build_padded(begun.plan, sequences)
-            if batch is not None:
-                begun.step, begun.sequences, begun.started = self.stage.begin(batch, self.cache), sequences, started
+        started, plan = time.perf_counter(), begun.plan
+        sequences = [self.state.sequences[row.request_id] for row in plan.rows]
+        for row, sequence in zip(plan.rows, sequences, strict=True):
+            if row.sample and not self.chooser.is_decided_in_graphs(sequence):
+                return
+            if scored_positions(row, sequence):
+                return
+        batch = self.state.build_padded(plan, sequences)
+        if batch is not None:
+            begun.step, begun.sequences, begun.started = self.stage.begin(batch, self.cache), sequences, started
 
     def finish(self, begun: Begun) -> StepResult | None:
         """The result of a begun plan, as run gives it. Raises as run."""
@@ -235,9 +237,11 @@ class Worker:
         """What the device makes of a plan."""
         plan = begun.plan
         assert begun.step is not None
-        output = begun.step.output(range(len(plan.rows)))
+        sampling = [index for index, row in enumerate(plan.rows) if row.sample]
+        output = begun.step.output(sampling)
         forward = time.perf_counter()
-        rows = self.row_results(plan, self.chooser.of_step(output, begun.sequences), [None] * len(plan.rows))
+        choices = self.chooser.of_step(output, [begun.sequences[index] for index in sampling])
+        rows = self.row_results(plan, choices, [None] * len(plan.rows))
         timing = RankTiming(self.mesh.rank, forward - begun.started, 0.0, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
@@ -256,6 +260,8 @@ class Worker:
         started = time.perf_counter()
         stops = itertools.accumulate(row.num_tokens for row in plan.rows)
         last = [stop - 1 for stop, row in zip(stops, plan.rows, strict=True) if row.sample]
+        if batch.settings is not None:
+            last = [index for index, row in enumerate(plan.rows) if row.sample]
         waited = started
 
         def receive(hidden_TH: torch.Tensor) -> None:

@@ -92,5 +92,6 @@ class AttentionMixer:
             shared_keys=tables.shared_keys,
             kv_scales=cache.scales,
             deterministic=self.deterministic,
+            out=torch.zeros_like(q_TQD, memory_format=torch.contiguous_format) if batch.has_gaps else None,
         )
         return self.out.partial(attended_TQD.view(num_tokens, self.num_heads * dim))

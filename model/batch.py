@@ -37,7 +37,8 @@ class GroupTables:
 @dataclass(slots=True)
 class RowSettings:
     """How rows are sampled, [num_rows] each: temperature, top_p, min_p float32; the rest int64, drawn: output tokens
-    before this one. filters: whether any row drops unlikely tokens.
+    before this one. ends: each row's last token; None where every row has one token, and no more are there. Else
+    tokens beyond the last row's belong to no row. filters: whether any row drops unlikely tokens.
     """
 
     temperature: torch.Tensor
@@ -47,6 +48,7 @@ class RowSettings:
     seeds: torch.Tensor
     drawn: torch.Tensor
     sample_indices: torch.Tensor
+    ends: torch.Tensor | None = None
     filters: bool = False
 
 
@@ -69,6 +71,11 @@ class BatchInput:
     num_tokens: int = field(init=False)
     num_rows: int = field(init=False)
     whole: WholeCall | None = field(default=None, repr=False)  # of the last step that was run whole
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some tokens may belong to no row."""
+        return self.settings is not None and self.settings.ends is not None
 
     def __post_init__(self) -> None:
         self.num_tokens, self.num_rows = len(self.token_ids_T), len(self.seq_lens)

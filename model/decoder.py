@@ -187,8 +187,8 @@ class Stage:
     params: the tensors of parameters.local_parameters(spec, shard) by name, all of one dtype on one device. tensor: the
     group of the ranks that share every layer. deterministic: every row has one order of sums whatever the batch.
     on_layer: called after each layer and head, so that somebody sees a long step advance.
-    max_model_len: positions that may occur; default: the model's own limit. graph_rows: most rows of a batch with
-    settings, whose steps can be CUDA graphs.
+    max_model_len: positions that may occur; default: the model's own limit. graph_sizes: most rows and
+    tokens of a batch with settings, whose steps can be CUDA graphs.
     """
 
     def __init__(
@@ -200,10 +200,10 @@ class Stage:
         *,
         deterministic: bool = False,
         max_model_len: int | None = None,
-        graph_rows: int = 0,
+        graph_sizes: tuple[int, int] | None = None,
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
-        self.spec, self.shard, self.tensor, self.graph_rows = spec, shard, tensor, graph_rows
+        self.spec, self.shard, self.tensor, self.graph_sizes = spec, shard, tensor, graph_sizes
         self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
@@ -285,9 +285,9 @@ class Stage:
 
     def whole(self, batch: BatchInput, cache: KVCache) -> WholeStep | GraphSteps | None:
         """All of a short step in one operation, as far as this stage has it; None where it has to be taken apart."""
-        if batch.settings is not None and batch.num_rows <= self.graph_rows:
+        if batch.settings is not None and self.graph_sizes is not None:
             if cache.graphs is None:
-                cache.graphs = GraphSteps(self, self.graph_rows)
+                cache.graphs = GraphSteps(self, *self.graph_sizes)
             return cache.graphs
         if not is_short(batch):
             return None
@@ -323,13 +323,14 @@ class Stage:
         receive: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[StepOutput, torch.Tensor]:
         """All of a step for which `whole` is not None, from token ids or hidden states to the head's product with
-        `rows` of the tokens and the best token of each, or to hidden states [T, H] on a stage without a head. receive:
-        fills [T, H] with the hidden states of the stage before, where there is one.
+        `rows` of the tokens (of the rows, where the batch has settings) and the best token of each, or to hidden states
+        [T, H] on a stage without a head. receive: fills [T, H] with the hidden states of the stage before, where there
+        is one.
         """
         whole, call = self.whole(batch, cache), batch.whole
         if isinstance(whole, GraphSteps):
             begun = whole.begin(batch, cache, receive)
-            return begun.output(rows if self.shard.has_head else []), begun.hidden_RH
+            return begun.output(rows if self.shard.has_head else []), begun.hidden_TH
         assert whole is not None, "asked for before"
         if call is None or call.whole is not whole or call.rows != rows:
             steps = [group.native_step(batch, cache.block_size) for group in batch.groups]

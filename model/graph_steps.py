@@ -1,4 +1,4 @@
-"""GraphSteps: decode steps of a stage on a GPU, each one CUDA graph from token ids to the tokens chosen. Hosts hand
+"""GraphSteps: steps of a stage on a GPU, each one CUDA graph from token ids to the tokens chosen. Hosts hand
 over a step's kernels one by one more slowly than the device computes them; a graph is one launch.
 
 Hosts are slow between steps, too: `begin` waits for nothing, and tokens may be references to what the step before
@@ -9,7 +9,7 @@ comes again: a batch is its tensors, whose contents change (engine/padded_batch.
 tables and cache where they lie, share one pool of memory for what is temporary, and leave results in memory of this
 object. They go with their batch or with the cache. Where kernels are interpreted on a CPU, nothing is captured.
 
-Shapes: R rows of one token each, H hidden size, V vocabulary held here.
+Shapes: T tokens, R rows, H hidden size, V vocabulary held here.
 """
 
 import contextlib
@@ -51,11 +51,11 @@ class StageParts(Protocol):
 
 
 class BegunStep(NamedTuple):
-    """A step on its way. hidden_RH: for the stage after; the rest is for `output`."""
+    """A step on its way. hidden_TH: for the stage after; the rest is for `output`."""
 
     head_RV: torch.Tensor
     told_R2: torch.Tensor
-    hidden_RH: torch.Tensor
+    hidden_TH: torch.Tensor
     done: torch.cuda.Event | None
 
     def output(self, rows: Sequence[int]) -> StepOutput:
@@ -70,11 +70,12 @@ class BegunStep(NamedTuple):
 
 
 class GraphSteps:
-    """Of one stage on one cache, for batches with settings, of at most so many rows."""
+    """Of one stage on one cache, for batches with settings, of at most so many rows and tokens."""
 
-    def __init__(self, stage: StageParts, most_rows: int) -> None:
+    def __init__(self, stage: StageParts, most_rows: int, most_tokens: int) -> None:
         self.stage, self.most_rows, device = stage, most_rows, stage.device
-        self.hidden_RH = torch.zeros((most_rows, stage.spec.hidden_size), dtype=stage.dtype, device=device)
+        travel = 0 if stage.shard.has_embedding and stage.shard.has_head else most_tokens
+        self.hidden_TH = torch.zeros((travel, stage.spec.hidden_size), dtype=stage.dtype, device=device)
         first, stop = stage.shard.vocab(stage.spec.vocab_size) if stage.shard.has_head else (0, 0)
         self.first_token, rows = first, most_rows if stage.shard.has_head else 0
         self.head_RV = torch.zeros((rows, stop - first), dtype=stage.dtype, device=device)
@@ -91,38 +92,38 @@ class GraphSteps:
     def begin(
         self, batch: BatchInput, cache: KVCache, receive: Callable[[torch.Tensor], None] | None = None
     ) -> "BegunStep":
-        """Hand the step to the device. cache: always the same; receive: fills [R, H] with the hidden states of the
+        """Hand the step to the device. cache: always the same; receive: fills [T, H] with the hidden states of the
         stage before, where there is one. The output of at most MOST_BEGUN steps may be outstanding.
         """
         assert batch.settings is not None and batch.num_rows <= self.most_rows, batch.num_rows
-        hidden_RH = self.hidden_RH[: batch.num_rows]
+        hidden_TH = self.hidden_TH[: batch.num_tokens]
         if receive is not None:
-            receive(hidden_RH)
+            receive(hidden_TH)
         filters = batch.settings.filters and self.stage.tensor.size == 1
         self.replay(batch, filters, partial(self.compute, batch, batch.settings, cache, filters))
         if self.stage.on_layer is not None:
             self.stage.on_layer()
         if not self.stage.shard.has_head:
-            return BegunStep(self.head_RV, self.told[0][:0], hidden_RH, None)
+            return BegunStep(self.head_RV, self.told[0][:0], hidden_TH, None)
         told_R2 = self.told[self.num_begun % MOST_BEGUN][: batch.num_rows]
         self.num_begun += 1
         told_R2.copy_(self.chosen_R2[: batch.num_rows], non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if hidden_RH.is_cuda else None
-        return BegunStep(self.head_RV, told_R2, hidden_RH, done)
+        done = torch.cuda.current_stream().record_event() if hidden_TH.is_cuda else None
+        return BegunStep(self.head_RV, told_R2, hidden_TH, done)
 
     @torch.inference_mode()
     def compute(self, batch: BatchInput, settings: RowSettings, cache: KVCache, filters: bool) -> None:
-        """From the batch's tensors, or hidden_RH, to hidden_RH, or head_RV and chosen_R2. Waits for nothing."""
-        stage, count = self.stage, batch.num_rows
+        """From the batch's tensors, or hidden_TH, to hidden_TH, or head_RV and chosen_R2. Waits for nothing."""
+        stage, count, held_TH = self.stage, batch.num_rows, self.hidden_TH[: batch.num_tokens]
         if stage.shard.has_embedding and stage.shard.has_head:
             from shoal.kernels.gpu.token_refs import launch_token_refs
 
             launch_token_refs(batch.token_ids_T, self.tokens_R)
-        hidden_RH = stage.embed(batch) if stage.shard.has_embedding else self.hidden_RH[:count]
-        hidden_RH = stage.forward(batch, hidden_RH, cache)
+        hidden_TH = stage.forward(batch, stage.embed(batch) if stage.shard.has_embedding else held_TH, cache)
         if not stage.shard.has_head:
-            self.hidden_RH[:count].copy_(hidden_RH)
+            held_TH.copy_(hidden_TH)
             return
+        hidden_RH = hidden_TH if settings.ends is None else hidden_TH.index_select(0, settings.ends)
         head_RV = self.head_RV[:count].copy_(stage.head_shard(hidden_RH))
         logits_RV = stage.shard_logits(head_RV.to(torch.float32, copy=True))
         tokens_R, picked_R = self.choose(logits_RV, settings, filters)

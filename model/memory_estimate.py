@@ -1,6 +1,8 @@
 """What every rank's memory will hold, worked out from spec and shards before anything is spawned. No torch."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from shoal.configs.schema import ShoalConfig
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
@@ -11,8 +13,9 @@ from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
 SAMPLING_SLICE = 1 << 19  # logits that are sampled, penalised or scored at once
-GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of decode steps that are CUDA graphs
-GRAPH_SCRATCH = 64 << 20  # bytes of a graph's attention, and of the graphs themselves, about
+MOST_GRAPHS = 64  # CUDA graphs of steps kept at one time
+GRAPH_BYTES_PER_LAYER = 400 << 10  # of each, for its kernels, about
+GRAPH_SCRATCH = 64 << 20  # bytes of attention's partial results and of cuBLAS in graphs
 SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 counters and float64 noise included
 
 
@@ -71,26 +74,54 @@ def sampling_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig) ->
     return 4 * (rows * (stop - start + 2 * spec.vocab_size) + SLICE_COPIES * slice_elements)
 
 
-def graph_rows(config: ShoalConfig) -> tuple[int, ...]:
-    """The numbers of rows that decode steps on GPUs are padded to; none where they are launched kernel by kernel."""
+class GraphSizes(NamedTuple):
+    """What steps that are CUDA graphs are padded to, rising. rows: of steps of one token per row; mixed_rows and
+    tokens: of others, whose graphs come in all combinations.
+    """
+
+    rows: tuple[int, ...]
+    mixed_rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def most(self) -> tuple[int, int]:
+        """Rows and tokens of the largest."""
+        return max(self.rows[-1], self.mixed_rows[-1]), max(self.rows[-1], self.tokens[-1])
+
+
+GRAPH_SIZES = GraphSizes(
+    rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    mixed_rows=(8, 32, 128, 256),
+    tokens=(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048),
+)
+
+
+def graph_sizes(config: ShoalConfig) -> GraphSizes | None:
+    """What steps are padded to on GPUs; None where they are launched kernel by kernel."""
     if config.runtime.device != "cuda" or config.runtime.enforce_eager:
-        return ()
-    most = config.scheduler.max_num_seqs
-    enough = [index for index, size in enumerate(GRAPH_ROWS) if size >= most]
-    return GRAPH_ROWS[: enough[0] + 1] if enough else GRAPH_ROWS
+        return None
+    rows, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    limits = GraphSizes(*((most,) for most in (rows, rows, tokens)))
+    return GraphSizes(*(up_to(sizes, most) for sizes, (most,) in zip(GRAPH_SIZES, limits, strict=True)))
+
+
+def up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Those below `most`, and the first that is not."""
+    return sizes[: bisect_left(sizes, most) + 1]
 
 
 def graph_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
-    """Most bytes that CUDA graphs of decode steps take on a rank, about: results of the largest, and temporary tensors,
-    of which a pool that serves smaller graphs first may have as much again.
+    """Most bytes that CUDA graphs of steps take on a rank, about: kernels, results of the largest, and temporary
+    tensors, of which a pool that serves smaller graphs first may have half as much again.
     """
-    rows = graph_rows(config)[-1:]
-    if not rows:
+    sizes = graph_sizes(config)
+    if sizes is None:
         return 0
+    rows, tokens = sizes.most()
     start, stop = shard.vocab(spec.vocab_size) if shard.has_head else (0, 0)
-    kept = spec.hidden_size + stop - start
-    passing = token_elements(spec, shard) * itemsize + (stop - start) * (itemsize + 4)
-    return rows[0] * (kept * itemsize + 2 * passing) + GRAPH_SCRATCH
+    layers = shard.last_layer - shard.first_layer
+    passing = tokens * token_elements(spec, shard) * itemsize + rows * (stop - start) * (itemsize + 4)
+    kept = rows * (stop - start) * itemsize + tokens * spec.hidden_size * itemsize
+    return kept + passing * 3 // 2 + GRAPH_SCRATCH + MOST_GRAPHS * layers * GRAPH_BYTES_PER_LAYER
 
 
 def estimate_reports(

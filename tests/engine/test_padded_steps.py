@@ -12,6 +12,7 @@ from shoal.engine import worker
 from shoal.engine.worker import Begun, Worker
 from shoal.kernels import device
 from shoal.model.graph_steps import GraphSteps
+from shoal.model.memory_estimate import GraphSizes
 from tests.model.tiny_models import make_model
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
@@ -22,6 +23,8 @@ ASKED = [
     SamplingParams(temperature=1.2, seed=4, top_p=0.8, top_k=12, max_tokens=4, ignore_eos=True),
     SamplingParams(temperature=0.7, seed=5, min_p=0.05, max_tokens=4, ignore_eos=True),
 ]
+SIZES = GraphSizes(rows=(1, 2, 8), mixed_rows=(8,), tokens=(16,))
+ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
 TOLD = SamplingParams(temperature=0.8, seed=6, logprobs=2, presence_penalty=0.5, max_tokens=4, ignore_eos=True)
 
 
@@ -34,12 +37,18 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def generate(folder: Path, asked: list[SamplingParams], **settings: Any) -> list[Any]:
-    """Every prompt's tokens, and their log-probabilities where asked for."""
+    """Every prompt's tokens, and their log-probabilities where asked for; in two rounds, since mixed steps are padded
+    from the second of a size on.
+    """
     with LLM(
         str(folder), dtype="float32", device="cpu", native="off", skip_tokenizer_init=True, block_size=4,
         max_num_batched_tokens=16, max_num_seqs=8, **settings,
     ) as llm:  # fmt: skip
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS[: len(asked)]], asked, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids in PROMPTS[: len(asked)]]
+        outputs = [
+            *llm.generate(prompts[:1], ONE_TOKEN, use_tqdm=False),
+            *llm.generate(prompts, asked, use_tqdm=False),
+        ]
     return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
 
 
@@ -51,42 +60,32 @@ def test_padded_steps_choose_what_others_choose(
 ) -> None:
     folder, sizes = make_model(name, tmp_path), []
     expected = generate(folder, asked)
-    begin, prepared = GraphSteps.begin, Worker.try_begin
+    begin, compute, try_begin = GraphSteps.begin, GraphSteps.compute, Worker.try_begin
 
     def counted(self: GraphSteps, batch: Any, *rest: Any) -> Any:
-        sizes.append(batch.num_rows)
+        sizes.append((batch.num_rows, batch.num_tokens))
         return begin(self, batch, *rest)
 
+    def twice(self: GraphSteps, *arguments: Any) -> None:
+        """What is captured has been computed once: a step may change nothing that it reads."""
+        compute(self, *arguments)
+        first = self.chosen_R2.clone()
+        compute(self, *arguments)
+        assert torch.equal(self.chosen_R2, first)
+
     def noted(self: Worker, begun: Begun) -> None:
-        prepared(self, begun)
+        try_begin(self, begun)
         ahead.append(begun.step is not None and begun.previous is not None)
 
     ahead: list[bool] = []
     monkeypatch.setattr(GraphSteps, "begin", counted)
+    monkeypatch.setattr(GraphSteps, "compute", twice)
     monkeypatch.setattr(Worker, "try_begin", noted)
-    monkeypatch.setattr(worker, "graph_rows", lambda config: (1, 2, 8))
+    monkeypatch.setattr(worker, "graph_sizes", lambda config: SIZES)
     found = generate(folder, asked)
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     for (_, ours), (_, theirs) in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         for mine, yours in zip(ours or [], theirs or [], strict=True):
             assert {token: one.rank for token, one in mine.items()} == {token: one.rank for token, one in yours.items()}
-    assert set(sizes) >= {1, 8} and any(ahead) and not all(ahead)
-
-
-@pytest.mark.usefixtures("triton_path")
-def test_a_step_may_be_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is captured has been computed once: nothing a step reads may be changed by it."""
-    folder = make_model("llama", tmp_path)
-    compute = GraphSteps.compute
-
-    def twice(self: GraphSteps, *arguments: Any) -> None:
-        compute(self, *arguments)
-        first = self.chosen_R2.clone()
-        compute(self, *arguments)
-        assert torch.equal(self.chosen_R2, first)
-
-    monkeypatch.setattr(worker, "graph_rows", lambda config: (4,))
-    expected = generate(folder, ASKED[:2])
-    monkeypatch.setattr(GraphSteps, "compute", twice)
-    assert generate(folder, ASKED[:2]) == expected
+    assert set(sizes) >= {(8, 8), (8, 16)} and any(ahead) and not all(ahead)
