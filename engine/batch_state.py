@@ -187,8 +187,8 @@ class BatchState:
         if self.padding is None:
             return None
         sizes, count = self.padding.sizes, len(sequences)
-        total = sum(row.num_tokens for row in plan.rows)
-        blocks = max(LEAST_PADDED_KEYS // self.block_size, *(max(one.num_blocks) for one in sequences))
+        total = sum([row.num_tokens for row in plan.rows])
+        blocks = max(LEAST_PADDED_KEYS // self.block_size, max([one.num_blocks[0] for one in sequences]))
         if total == count:
             rows = next((size for size in sizes.rows if size >= count), None)
             return None if rows is None else (rows, rows, 1 << (blocks - 1).bit_length())

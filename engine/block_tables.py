@@ -91,14 +91,10 @@ class BlockTables:
         """Once its row is scheduled: later steps may find what it fills, as far as its tokens are known, and take what
         later tokens do not see.
         """
-        if self.unpublished(seq):
+        if self.enable_prefix_caching and seq.num_published < seq.num_known // self.block_size:
             self._publish(seq)
         for group in self.windowed:
             self._drop_unseen(seq, group)
-
-    def unpublished(self, seq: Sequence) -> bool:
-        """Whether there are blocks others could find."""
-        return self.enable_prefix_caching and seq.num_published < seq.num_known // self.block_size
 
     def _publish(self, seq: Sequence) -> None:
         full = seq.num_known // self.block_size

@@ -32,6 +32,11 @@ class Choice(NamedTuple):
     finite: bool
 
 
+def choices_of(output: StepOutput) -> list[Choice]:
+    """The best tokens as they are."""
+    return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values, strict=True)]
+
+
 def filters(params: SamplingParams) -> bool:
     """Whether a row drops unlikely tokens, which depend on the logits of all tokens together."""
     return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -65,7 +70,7 @@ class TokenChooser:
     def of_step(self, output: StepOutput, sequences: Sequence[SequenceState]) -> list[Choice]:
         """A choice per row of what Stage.step gave, on the group's rank 0."""
         if all(is_plain(one) and self.decided_in_step(output, one.sampling) for one in sequences):
-            return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values)]
+            return choices_of(output)
         return self.choose(output.head_RV, sequences)
 
     def is_decided_in_graphs(self, sequence: SequenceState) -> bool:

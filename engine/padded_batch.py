@@ -30,8 +30,7 @@ class PaddedBatch(DecodeBatch):
         layout: Layout = {name: (np.float32 if name in FLOATS else np.int64, (rows,)) for name in (*FLOATS, *INTEGERS)}
         super().__init__(rows, [width] * num_groups, block_size, device, tokens, layout)
         self.settings = {name: self.memory.arrays[name] for name in layout}
-        self.drawn = self.settings["drawn"].data
-        self.filtering = [False] * rows
+        self.filtering, self.prompts = [False] * rows, np.zeros(rows, np.int64)
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
         temperature, top_p, min_p, top_k, seeds, drawn, sample_indices, ends = (
             self.memory.tensors[name] for name in layout
@@ -49,24 +48,27 @@ class PaddedBatch(DecodeBatch):
             for name, value in zip((*FLOATS, *INTEGERS), mine, strict=False):
                 self.settings[name][index] = value
             self.settings["sample_indices"][index] = sequence.sample_index
-            self.filtering[index] = filters(params)
+            self.filtering[index], self.prompts[index] = filters(params), sequence.num_prompt_tokens
         return super().hold(index, sequence)
 
     def begin(self, sequences: Sequence[SequenceState]) -> bool:
         """Make the first rows these sequences', once the step before has been copied; False when there is no room."""
         if self.copied is not None:
             self.copied.synchronize()
-        return len(sequences) <= len(self.held) and all(map(self.hold, range(len(sequences)), sequences))
+        for index, (sequence, held) in enumerate(zip(sequences, self.held)):
+            same = held is not None and held[0] is sequence and held[1] == sequence.num_blocks
+            if not same and not self.hold(index, sequence):
+                return False
+        return len(sequences) <= len(self.held)
 
     def fill(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> BatchInput:
         """As DecodeBatch's, of at most as many rows, after `begin`."""
-        count, settings = len(rows), self.batch.settings
+        count, arrays, settings = len(rows), self.memory.arrays, self.batch.settings
         assert settings is not None, "it was made with them"
         self.write(rows, sequences)
-        for index, sequence in enumerate(sequences):
-            self.drawn[index] = sequence.num_output_tokens
+        arrays["drawn"][:count] = arrays["seq_lens"][:count] - self.prompts[:count]
         settings.filters = any(self.filtering[:count])
-        self.settings["temperature"][count:] = 0.0
+        arrays["temperature"][count:] = 0.0
         self.held[count:] = [None] * (len(self.held) - count)
         if self.copied is not None:
             self.memory.device.copy_(self.memory.host, non_blocking=True)
@@ -74,15 +76,29 @@ class PaddedBatch(DecodeBatch):
         return self.batch
 
     def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
-        """The rows beyond a step's as well."""
-        longest, count = super().write(rows, sequences), len(rows)
-        arrays, shortest = self.memory.arrays, int(self.memory.arrays["seq_lens"][:count].argmin())
+        """As DecodeBatch's, many rows at once, and the rows beyond a step's as well."""
+        count, arrays, size = len(rows), self.memory.arrays, self.block_size
+        positions = np.array([row.num_computed_tokens for row in rows])
+        arrays["token_ids"][:count] = [
+            sequence.token_ids[row.num_computed_tokens] for row, sequence in zip(rows, sequences, strict=True)
+        ]
+        arrays["positions"][:count], arrays["seq_lens"][:count] = positions, positions + 1
+        for row, sequence in zip(rows, sequences, strict=True):
+            sequence.num_computed_tokens = row.num_computed_tokens + 1
+        for group, table in enumerate(self.tables):
+            blocks = table[np.arange(count), positions // size].astype(np.int64)
+            arrays[f"slots {group}"][:count] = blocks * size + positions % size
+        if count < len(self.held):
+            self.pad(count, int(positions.argmin()))
+        return int(positions.max()) + 1
+
+    def pad(self, count: int, shortest: int) -> None:
+        """Make the rows from `count` on the shortest one's, all of whose blocks lie within the cache."""
+        arrays = self.memory.arrays
         for name in ("token_ids", "positions", "seq_lens"):
             arrays[name][count:] = arrays[name][shortest]
         for group, table in enumerate(self.tables):
-            table[count:] = table[shortest]  # all its blocks lie within the cache
-            arrays[f"slots {group}"][count:] = NOWHERE
-        return longest
+            table[count:], arrays[f"slots {group}"][count:] = table[shortest], NOWHERE
 
 
 class MixedBatch(PaddedBatch):

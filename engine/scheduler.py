@@ -132,7 +132,7 @@ class Scheduler:
                 prefilling.append(seq)
                 prefill += pending
                 continue
-            if pending == 1 or (self.overlap and seq.may_follow):
+            if pending == 1 or (pending == 0 and self.overlap and seq.may_follow):
                 decoding.append(seq)
             if self.max_in_flight > 1:
                 decode_cost += self.cost.row_cost(1, seq.num_computed)
@@ -243,7 +243,7 @@ class Scheduler:
         draft.sequences.append(seq)
         seq.num_told, seq.num_computed = max(known, stop), stop
         seq.in_flight += 1
-        if tables.windowed or stop // size > start // size or (self.overlap and tables.unpublished(seq)):
+        if tables.windowed or (min(stop, known) // size > seq.num_published and tables.enable_prefix_caching):
             draft.unsettled.append(seq)
 
     def _commit(self, draft: Draft) -> StepPlan:

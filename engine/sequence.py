@@ -107,10 +107,8 @@ class Sequence:
 
     @property
     def may_follow(self) -> bool:
-        """Whether the token being sampled is sure to be followed by one, unless it ends the output by itself."""
-        return (
-            self.in_flight > 0 and len(self.tokens) == self.num_computed and self.num_computed + 1 < self.max_num_tokens
-        )
+        """With none pending: whether the token being sampled is followed by another, unless it ends the output."""
+        return self.in_flight > 0 and self.num_computed + 1 < self.max_num_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, Padding
-from shoal.engine.choosing import Choice, TokenChooser
+from shoal.engine.choosing import Choice, TokenChooser, choices_of
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
 from shoal.engine.sequence_state import SequenceState
@@ -211,7 +211,7 @@ class Worker:
         for row, sequence in zip(plan.rows, sequences, strict=True):
             if row.sample and not self.chooser.is_decided_in_graphs(sequence):
                 return
-            if scored_positions(row, sequence):
+            if sequence.sampling.prompt_logprobs is not None and scored_positions(row, sequence):
                 return
         batch = self.state.build_padded(plan, sequences)
         if batch is not None:
@@ -237,11 +237,9 @@ class Worker:
         """What the device makes of a plan."""
         plan = begun.plan
         assert begun.step is not None
-        sampling = [index for index, row in enumerate(plan.rows) if row.sample]
-        output = begun.step.output(sampling)
+        output = begun.step.output([index for index, row in enumerate(plan.rows) if row.sample])
         forward = time.perf_counter()
-        choices = self.chooser.of_step(output, [begun.sequences[index] for index in sampling])
-        rows = self.row_results(plan, choices, [None] * len(plan.rows))
+        rows = self.row_results(plan, choices_of(output), [None] * len(plan.rows))
         timing = RankTiming(self.mesh.rank, forward - begun.started, 0.0, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 

@@ -14,7 +14,7 @@ Shapes: T tokens, R rows, H hidden size, V vocabulary held here.
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -58,15 +58,14 @@ class BegunStep(NamedTuple):
     hidden_TH: torch.Tensor
     done: torch.cuda.Event | None
 
-    def output(self, rows: Sequence[int]) -> StepOutput:
+    def output(self, rows: list[int]) -> StepOutput:
         """What these rows of the batch gave, once the device has it. head_RV holds until the next step is begun."""
         if self.done is not None:
             self.done.synchronize()
-        chosen = self.told_R2.tolist()
-        in_order = list(rows) == list(range(len(rows)))
+        chosen_R2 = self.told_R2.numpy()[rows]
+        in_order = rows == list(range(len(rows)))
         head_RV = self.head_RV[: len(rows)] if in_order else self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
-        best, values = [int(chosen[row][0]) for row in rows], [chosen[row][1] for row in rows]
-        return StepOutput(head_RV, best, values, sampled=True)
+        return StepOutput(head_RV, chosen_R2[:, 0].astype(int).tolist(), chosen_R2[:, 1].tolist(), sampled=True)
 
 
 class GraphSteps:

@@ -72,6 +72,7 @@ class FrontEnd:
         self.max_model_len = max_model_len
         self.eos_token_ids = list(eos_token_ids)
         self.default_sampling = check_sampling(default_sampling or SamplingParams())
+        self._checked: tuple[SamplingParams | None, SamplingParams] = None, self.default_sampling
         self._seeds = random.Random(seed)
         self._numbers = itertools.count()
         self._own = f"request-{secrets.token_hex(4)}"  # ids nobody chooses, also beside other front ends of an engine
@@ -104,7 +105,7 @@ class FrontEnd:
         finish_reason "length". priority: lower runs first. deadline_s: absolute time.time() that aborts the request.
         special_tokens: the tokenizer's are added to text. Raises ValueError for whatever cannot be served.
         """
-        params = check_sampling(sampling or self.default_sampling, self.vocab_size, self.max_model_len)
+        params = self._check_sampling(sampling or self.default_sampling)
         ready = read_prompt(prompt, self.tokenizer, self.vocab_size, self.max_model_len, special_tokens=special_tokens)
         if request_id is None:
             request_id = f"{self._own}-{next(self._numbers)}"
@@ -127,6 +128,17 @@ class FrontEnd:
                 msgspec.structs.replace(part, request_id=f"{request_id}#{k}", sample_index=k) for k in range(params.n)
             ]
         return PreparedRequest(request_id, ready, params, parts, arrival)
+
+    def _check_sampling(self, params: SamplingParams) -> SamplingParams:
+        """As check_sampling, for this model. Many requests come with the same object, which nobody can change unless
+        there is a list or a dictionary in it.
+        """
+        given, checked = self._checked
+        if params is not given:
+            checked = check_sampling(params, self.vocab_size, self.max_model_len)
+            if not any(isinstance(value, list | dict) for value in msgspec.structs.astuple(params)):
+                self._checked = params, checked
+        return checked
 
     async def generate(
         self,
