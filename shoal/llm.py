@@ -11,6 +11,7 @@ The engine runs on an event loop in one background thread. Needs no `__main__` g
 import asyncio
 import concurrent.futures.thread
 import contextlib
+import gc
 import os
 import threading
 import weakref
@@ -58,6 +59,7 @@ class LLM:
         except BaseException:
             self.shutdown()
             raise
+        gc.freeze()  # going through all that was imported holds steps up for a quarter of a second; until it is closed
 
     def generate(
         self,
@@ -207,6 +209,7 @@ class _Runtime:
         if not is_open:
             return
         _running.discard(self)
+        gc.unfreeze()
         launcher = self.engine.resolved.config.launcher
         try:
             self.loop.run(self.engine.shutdown(), launcher.stop_timeout_s + _STOP_SLACK_S)

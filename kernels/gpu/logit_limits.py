@@ -6,16 +6,22 @@ narrowing the ordered 32-bit pattern of a float from the top, four bits a pass: 
 which there are k tokens, or the mass top_p. Then the ties of the nucleus are counted off from the lowest id.
 
 Must move: 4 bytes per logit for each of up to 8 passes for top-k, 8 for top-p and 4 more, from the L2 cache (a row is
-0.5 MB at 128k tokens). FLOPs: 16 comparisons and sums per logit and pass. One program takes a row: the passes follow
-one another anyway, and rows are independent.
+0.5 MB at 128k tokens). FLOPs: 16 comparisons and sums per logit and pass. A pass is a launch, in which a program takes
+SHARD tokens of a row, so that one row alone fills the chip; its sums are added up, in their order, by the programs of
+the next pass. Rows that a pass is not for cost it nothing.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+SHARD = 2048
 CHUNK = 1024
 """Tokens in registers at a time, times 16 candidates: 64 pairs for each of 256 threads."""
+NONE, MAXIMUM, COUNT, TOTAL, MASS, TIES, LAST = map(tl.constexpr, range(7))
+SHIFTS = range(28, -1, -4)
+PASSES = ((MAXIMUM, 0), *((COUNT, shift) for shift in SHIFTS), (TOTAL, 0), *((MASS, shift) for shift in SHIFTS),
+          (TIES, 0), (LAST, 0))  # fmt: skip
 
 
 @triton.jit
@@ -23,6 +29,13 @@ def ordered(x):
     """float32 -> uint32 in the order of the numbers."""
     bits = x.to(tl.uint32, bitcast=True)
     return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+
+
+@triton.jit
+def value_of(pattern):
+    """The float32 whose ordered pattern this is."""
+    bits = tl.where(pattern >> 31 != 0, pattern ^ 0x80000000, pattern ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -34,97 +47,159 @@ def load_row(row_ptr, start, vocab_size, temperature, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def narrow(row_ptr, vocab_size, temperature, largest, floor, wanted, MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """The largest pattern at or above which the tokens that are >= floor number `wanted` (MASS: have the mass `wanted`,
-    the sum of e^(x - largest)); 0 when there are not so many.
-    """
-    pattern = tl.zeros((1,), tl.uint32)
-    for step in range(8):
-        shift = (tl.zeros((16,), tl.int32) + 28 - 4 * step).to(tl.uint32)
-        candidates = pattern + (tl.arange(0, 16).to(tl.uint32) << shift)
-        totals = tl.zeros((16,), tl.float32)
-        for start in range(0, vocab_size, CHUNK):
-            x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-            keep = (columns < vocab_size) & (x >= floor)
-            if MASS:
-                weight = tl.where(keep, tl.exp(x - largest), 0.0)
-            else:
-                weight = keep.to(tl.float32)
-            reached = ordered(x)[:, None] >= candidates[None, :]
-            totals += tl.sum(tl.where(reached, weight[:, None], 0.0), axis=0)
-        chosen = tl.max(tl.where(totals >= wanted, tl.arange(0, 16), 0), axis=0)
-        pattern = tl.max(tl.where(tl.arange(0, 16) == chosen, candidates, 0), axis=0) + tl.zeros((1,), tl.uint32)
-    return tl.max(pattern, axis=0)
+def chosen_digit(totals, wanted):
+    """The last of 16 candidates that reaches what is wanted."""
+    return tl.max(tl.where(totals >= wanted, tl.arange(0, 16), 0), axis=0).to(tl.uint32)
 
 
-@triton.jit
-def value_of(pattern):
-    """The float32 whose ordered pattern this is."""
-    bits = tl.where(pattern >> 31 != 0, pattern ^ 0x80000000, pattern ^ 0xFFFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["shift_before", "shift"])
 def logit_limits_kernel(
     logits_ptr,
     limit_ptr,
     last_id_ptr,
+    sums_in_ptr,
+    sums_ptr,
+    state_in_ptr,
+    state_ptr,
+    pattern_in_ptr,
+    pattern_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     log_min_p_ptr,
     vocab_size,
     logits_stride,
+    num_shards,
+    shift_before,
+    shift,
+    BEFORE: tl.constexpr,
+    PASS: tl.constexpr,
+    SHARD: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One row."""
+    """One pass over a shard of a row, once it is concluded what the pass before found. sums: [num_rows, num_shards,
+    16]; state: limit, largest, wanted of each row; pattern: the digits found so far.
+    """
     row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    shard = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
-    log_min_p = tl.load(log_min_p_ptr + row)
     by_k = (top_k > 0) & (top_k < vocab_size)
+    if temperature <= 0.0:
+        if (PASS == LAST) & (shard == 0):
+            tl.store(limit_ptr + row, float("-inf"))
+            tl.store(last_id_ptr + row, tl.cast(vocab_size, tl.int32))
+        return
+
+    # What the pass before found, in every program of the row; the first one keeps it.
     limit = float("-inf")
-    last_id = tl.cast(vocab_size, tl.int32)
-    if temperature > 0.0:
-        largest = float("-inf")
-        for start in range(0, vocab_size, CHUNK):
+    largest = float("-inf")
+    wanted = 0.0
+    pattern = tl.cast(0, tl.uint32)
+    kept_ties = tl.cast(0, tl.int32)
+    ties_before = tl.cast(0, tl.int32)
+    ties_all = tl.cast(0, tl.int32)
+    if BEFORE != NONE:
+        shards = tl.arange(0, BLOCK)
+        at = (row * num_shards + shards)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        empty = float("-inf") if BEFORE == MAXIMUM else 0.0
+        sums = tl.load(sums_in_ptr + at, mask=(shards < num_shards)[:, None], other=empty)
+        if BEFORE == MAXIMUM:
+            largest = tl.max(tl.max(sums, axis=1), axis=0)
+            limit = largest + tl.load(log_min_p_ptr + row)
+        else:
+            limit = tl.load(state_in_ptr + row * 3)
+            largest = tl.load(state_in_ptr + row * 3 + 1)
+            wanted = tl.load(state_in_ptr + row * 3 + 2)
+            pattern = tl.load(pattern_in_ptr + row).to(tl.uint32, bitcast=True)
+            totals = tl.sum(sums, axis=0)
+            if BEFORE == COUNT:  # noqa: SIM102 -- known when compiled
+                if by_k:
+                    pattern += chosen_digit(totals, top_k.to(tl.float32)) << shift_before.to(tl.uint32)
+                    if shift_before == 0:
+                        limit = tl.maximum(limit, value_of(pattern))
+            if BEFORE == TOTAL:
+                total = tl.sum(tl.where(tl.arange(0, 16) == 0, totals, 0.0), axis=0)
+                wanted = tl.maximum(top_p * total, 1e-30)  # the best token is kept, whatever top_p
+                pattern = tl.cast(0, tl.uint32)
+            if BEFORE == MASS:  # noqa: SIM102 -- known when compiled
+                if top_p < 1.0:
+                    pattern += chosen_digit(totals, wanted) << shift_before.to(tl.uint32)
+                    if (shift_before == 0) & (pattern > 0):
+                        limit = value_of(pattern)
+            if BEFORE == TIES:  # noqa: SIM102 -- known when compiled
+                if top_p < 1.0:
+                    above = tl.sum(tl.where(tl.arange(0, 16) == 0, totals, 0.0), axis=0)
+                    ties = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 1, sums, 0.0), axis=1).to(tl.int32)
+                    ties_all = tl.sum(ties, axis=0)
+                    ties_before = tl.sum(tl.where(shards < shard, ties, 0), axis=0)
+                    kept_ties = tl.maximum(tl.ceil((wanted - above) / tl.exp(limit - largest)), 1.0).to(tl.int32)
+        if shard == 0:
+            tl.store(state_ptr + row * 3, limit)
+            tl.store(state_ptr + row * 3 + 1, largest)
+            tl.store(state_ptr + row * 3 + 2, wanted)
+            tl.store(pattern_ptr + row, pattern.to(tl.int32, bitcast=True))
+
+    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
+    first = shard * SHARD
+    sums_at = sums_ptr + (row * num_shards + shard) * 16 + tl.arange(0, 16)
+    found = tl.zeros((16,), tl.float32)
+    digits = tl.arange(0, 16)
+    if PASS == MAXIMUM:
+        top = float("-inf")
+        for start in range(first, first + SHARD, CHUNK):
             x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-            largest = tl.maximum(largest, tl.max(x, axis=0))
-        limit = largest + log_min_p
-        if by_k:
-            kth = narrow(row_ptr, vocab_size, temperature, largest, float("-inf"), top_k, False, CHUNK)
-            limit = tl.maximum(limit, value_of(kth))
-        if top_p < 1.0:
-            total = 0.0
-            for start in range(0, vocab_size, CHUNK):
+            top = tl.maximum(top, tl.max(x, axis=0))
+        tl.store(sums_at, found + top)
+    if (PASS == COUNT) | (PASS == MASS):
+        wants = by_k if PASS == COUNT else top_p < 1.0
+        if wants:
+            floor = float("-inf") if PASS == COUNT else limit
+            candidates = pattern + (digits.to(tl.uint32) << shift.to(tl.uint32))
+            for start in range(first, first + SHARD, CHUNK):
                 x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                total += tl.sum(tl.where(x >= limit, tl.exp(x - largest), 0.0), axis=0)
-            wanted = tl.maximum(top_p * total, 1e-30)  # the best token is kept, whatever top_p
-            end = narrow(row_ptr, vocab_size, temperature, largest, limit, wanted, True, CHUNK)
-            if end > 0:
-                limit = value_of(end)
-                above = 0.0
-                ties = 0
-                for start in range(0, vocab_size, CHUNK):
-                    x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                    above += tl.sum(tl.where(x > limit, tl.exp(x - largest), 0.0), axis=0)
-                    ties += tl.sum((x == limit).to(tl.int32), axis=0)
-                kept = tl.maximum(tl.ceil((wanted - above) / tl.exp(limit - largest)), 1.0).to(tl.int32)
-                if kept < ties:
-                    passed = 0
-                    last_id = 0
-                    for start in range(0, vocab_size, CHUNK):
-                        x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                        tie = (x == limit).to(tl.int32)
-                        number = tl.cumsum(tie, axis=0) + passed
-                        last_id = tl.maximum(
-                            last_id, tl.max(tl.where((tie > 0) & (number <= kept), columns, 0), axis=0)
-                        )
-                        passed += tl.sum(tie, axis=0)
-    tl.store(limit_ptr + row, limit)
-    tl.store(last_id_ptr + row, last_id)
+                keep = (columns < vocab_size) & (x >= floor)
+                if PASS == MASS:
+                    weight = tl.where(keep, tl.exp(x - largest), 0.0)
+                else:
+                    weight = keep.to(tl.float32)
+                reached = ordered(x)[:, None] >= candidates[None, :]
+                found += tl.sum(tl.where(reached, weight[:, None], 0.0), axis=0)
+            tl.store(sums_at, found)
+    if PASS == TOTAL:  # noqa: SIM102 -- known when compiled
+        if top_p < 1.0:
+            for start in range(first, first + SHARD, CHUNK):
+                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
+                found += tl.sum(tl.where((columns < vocab_size) & (x >= limit), tl.exp(x - largest), 0.0), axis=0)
+            tl.store(sums_at, found)
+    if PASS == TIES:  # noqa: SIM102 -- known when compiled
+        if top_p < 1.0:
+            ties = 0.0
+            for start in range(first, first + SHARD, CHUNK):
+                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
+                found += tl.sum(tl.where(x > limit, tl.exp(x - largest), 0.0), axis=0)
+                ties += tl.sum(((columns < vocab_size) & (x == limit)).to(tl.float32), axis=0)
+            tl.store(sums_at, tl.where(digits == 1, ties, found))
+    if PASS == LAST:
+        # Without a nucleus, or when all of its ties are kept, every tie is; else the shard that has the last one says.
+        all_kept = (top_p >= 1.0) | (pattern == 0) | (kept_ties >= ties_all)
+        if shard == 0:
+            tl.store(limit_ptr + row, limit)
+            if all_kept:
+                tl.store(last_id_ptr + row, tl.cast(vocab_size, tl.int32))
+        if (all_kept == 0) & (ties_before < kept_ties):
+            passed = ties_before
+            last_id = -1
+            for start in range(first, first + SHARD, CHUNK):
+                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
+                tie = ((columns < vocab_size) & (x == limit)).to(tl.int32)
+                number = tl.cumsum(tie, axis=0) + passed
+                last_id = tl.maximum(last_id, tl.max(tl.where((tie > 0) & (number == kept_ties), columns, -1), axis=0))
+                passed += tl.sum(tie, axis=0)
+            if last_id >= 0:
+                tl.store(last_id_ptr + row, last_id)
 
 
 def launch_logit_limits(
@@ -139,13 +214,24 @@ def launch_logit_limits(
     temperature, top_p, min_p: [num_rows] float32; top_k: int64; 0 (or less), 1, 0 filter nothing. Rows of temperature 0
     get limits that keep all.
     """
-    num_rows, vocab_size = logits.shape
+    (num_rows, vocab_size), device = logits.shape, logits.device
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
-    limits = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    last_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    if num_rows:
-        logit_limits_kernel[(num_rows,)](
-            logits, limits, last_ids, temperature, top_k, top_p, min_p.log(), vocab_size, logits.stride(0),
-            CHUNK=CHUNK, num_warps=8,
+    limits = torch.empty(num_rows, dtype=torch.float32, device=device)
+    last_ids = torch.empty(num_rows, dtype=torch.int32, device=device)
+    if not num_rows:
+        return limits, last_ids
+    num_shards, log_min_p = triton.cdiv(vocab_size, SHARD), min_p.log()
+    block = triton.next_power_of_2(num_shards)
+    sums = torch.empty((2, num_rows, num_shards, 16), dtype=torch.float32, device=device)
+    state = torch.empty((2, num_rows, 3), dtype=torch.float32, device=device)
+    pattern = torch.zeros((2, num_rows), dtype=torch.int32, device=device)
+    before, shift_before = NONE, 0
+    for number, (kind, shift) in enumerate(PASSES):
+        old, new = (number + 1) % 2, number % 2
+        logit_limits_kernel[(num_rows, num_shards)](
+            logits, limits, last_ids, sums[old], sums[new], state[old], state[new], pattern[old], pattern[new],
+            temperature, top_k, top_p, log_min_p, vocab_size, logits.stride(0), num_shards,
+            shift_before, shift, BEFORE=before, PASS=kind, SHARD=SHARD, CHUNK=CHUNK, BLOCK=block, num_warps=8,
         )  # fmt: skip
+        before, shift_before = kind, shift
     return limits, last_ids

@@ -9,7 +9,7 @@ from shoal.kernels.philox import gumbel_noise
 from shoal.kernels.token_logprobs import token_logprobs
 from tests.kernels.gpu_support import DEVICE, poisoned_empty, random  # noqa: F401
 
-from shoal.kernels.gpu.logit_limits import launch_logit_limits  # isort: skip
+from shoal.kernels.gpu.logit_limits import SHARD as LIMITS_SHARD, launch_logit_limits  # isort: skip
 from shoal.kernels.gpu.logprobs import join_row_sums, launch_row_sums  # isort: skip
 from shoal.kernels.gpu.sample_rows import RowPenalties, RowSampling, sample_rows  # isort: skip
 from shoal.kernels.gpu.sampling import SHARD, Choices, launch_sample  # isort: skip
@@ -59,8 +59,9 @@ FILTERS = [(1.0, 0, 0.8, 0.0), (0.5, 10, 1.0, 0.1), (1.0, 20, 0.6, 0.0), (1.0, 0
            (1.0, 3, 1e-6, 0.0), (1.0, 400, 1.0, 0.0)]  # fmt: skip
 
 
-def test_limits_keep_what_the_filters_keep() -> None:
-    logits = random(len(FILTERS) + 1, 500) * 2
+@pytest.mark.parametrize("vocab", [500, 2 * LIMITS_SHARD + 5])
+def test_limits_keep_what_the_filters_keep(vocab: int) -> None:
+    logits = random(len(FILTERS) + 1, vocab) * 2
     logits[2], logits[3], logits[4] = logits[2].round(), 0.0, (logits[4] * 2).round() / 2
     settings = [*FILTERS, (0.0, 5, 0.5, 0.1)]
     temperature, top_p, min_p = (
@@ -72,7 +73,7 @@ def test_limits_keep_what_the_filters_keep() -> None:
     for row, (heat, k, p, m) in enumerate(FILTERS):
         scaled = (logits[row] / heat).cpu()
         kept = (scaled > limits[row].cpu()) | (
-            (scaled == limits[row].cpu()) & (torch.arange(500) <= last_ids[row].cpu())
+            (scaled == limits[row].cpu()) & (torch.arange(vocab) <= last_ids[row].cpu())
         )
         assert torch.equal(kept, filter_reference(scaled, k, p, m) > float("-inf")), FILTERS[row]
 
