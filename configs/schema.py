@@ -326,8 +326,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     enforce_eager: Annotated[
         bool,
         Meta(
-            description="On GPUs, launch every step kernel by kernel: no CUDA graphs of decode steps, which save the "
-            "host's time and take some memory."
+            description="On GPUs, launch every step kernel by kernel: no CUDA graphs, which save most of the host's "
+            "time and take some memory, and no step planned while another runs."
         ),
     ] = False
     log_level: Annotated[

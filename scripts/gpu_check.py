@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="*", help="tiny models to run; default: all, with --interpret llama alone")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
-    parser.add_argument("--limit-s", type=float, default=240.0)
+    parser.add_argument("--limit-s", type=float, default=600.0)
     parser.add_argument("--json", type=Path, help="also write every row here")
     args = parser.parse_args()
     if args.write is not None and not args.report and args.read is None:
