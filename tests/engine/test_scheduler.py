@@ -11,7 +11,7 @@ from shoal.configs.schema import SchedulerConfig
 from shoal.engine.clock import VirtualClock
 from shoal.engine.executor import Capacity, ExecutorFailed
 from shoal.engine.fake_executor import FakeExecutor, StepLatency
-from shoal.engine.messages import OutputDelta, RowResult, StepPlan, StepResult
+from shoal.engine.messages import OutputDelta, RowResult, StepPlan, StepResult, TokenRef
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 from tests.engine.harness import make_capacity, make_core, make_request, run
@@ -237,6 +237,33 @@ def test_what_is_in_flight_for_an_aborted_sequence_is_ignored() -> None:
     assert bench.take() == [] and bench.take() == []
     bench.step()
     assert again.num_output_tokens == 1
+
+
+def test_rows_follow_the_token_that_is_being_sampled() -> None:
+    bench = Bench(make_capacity(overlap=True))
+    seq = bench.add("a", [1, 2], max_tokens=3)
+    first, second = bench.launch(), bench.launch()
+    assert first.rows[0].ref is None and second.rows[0].ref == TokenRef(first.step, 0)
+    assert shape(second) == [("a", 2, 1)] and second.rows[0].sample and second.rows[0].token_ids == []
+    bench.take()
+    third = bench.launch()
+    assert third.rows[0].ref == TokenRef(second.step, 0)
+    bench.take()
+    assert bench.scheduler.schedule() is None, "the third token is the last one"
+    bench.take()
+    assert seq.num_output_tokens == 3
+
+
+def test_a_row_that_followed_an_end_token_is_ignored() -> None:
+    bench = Bench(make_capacity(overlap=True))
+    probe = bench.add("probe", [5], max_tokens=1)
+    bench.step()
+    seq = bench.add("a", [5], max_tokens=8, stop_token_ids=[probe.tokens[-1]])
+    bench.launch()
+    follower = bench.launch()
+    assert shape(follower) == [("a", 1, 1)]
+    assert bench.take()[0].finish_reason == "stop"
+    assert bench.take() == [] and seq.num_output_tokens == 1 and not bench.scheduler.running
 
 
 @contextmanager

@@ -137,15 +137,17 @@ def test_rope_kv_write_matches_norm_rotation_and_write(
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1) if rotary else None
         norm = head_norm(kind, size, dtype)
         k_cache, v_cache = (poisoned(5, 4, num_kv, size, dtype=dtype) for _ in range(2))
+        slots[1:2] = -1  # a token that is not cached
         launch_rope_kv_write(heads, num_q, num_kv, norm, cos_sin, k_cache, v_cache, slots)
         expected = expected_heads(before, num_q, num_kv, norm, cos_sin)
         close(heads[:, :num_q], expected[:, :num_q], times=4)
         assert torch.equal(heads[:, num_q:], before[:, num_q:])
         keys, values = (cache.view(20, num_kv, size) for cache in (k_cache, v_cache))
-        close(keys[slots], expected[:, num_q : num_q + num_kv], times=4)
-        assert torch.equal(values[slots], before[:, num_q + num_kv :])
+        cached = slots >= 0
+        close(keys[slots[cached]], expected[cached, num_q : num_q + num_kv], times=4)
+        assert torch.equal(values[slots[cached]], before[cached, num_q + num_kv :])
         others = torch.ones(20, dtype=torch.bool, device=DEVICE)
-        others[slots] = False
+        others[slots[cached]] = False
         assert keys[others].isnan().all() and values[others].isnan().all()
 
 

@@ -13,6 +13,7 @@ from shoal.kernels.gpu.logit_limits import SHARD as LIMITS_SHARD, launch_logit_l
 from shoal.kernels.gpu.logprobs import join_row_sums, launch_row_sums  # isort: skip
 from shoal.kernels.gpu.sample_rows import RowPenalties, RowSampling, sample_rows  # isort: skip
 from shoal.kernels.gpu.sampling import SHARD, Choices, launch_sample  # isort: skip
+from shoal.kernels.gpu.token_refs import launch_token_refs  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 NEAR_TIE = 1e-4  # shared/DESIGN.md: tokens may differ where the two best choices are this close
@@ -119,3 +120,14 @@ def test_log_probabilities_ranks_and_shards_joined() -> None:
     joined = join_row_sums(*(torch.stack(parts, 1) for parts in zip(*halves, strict=True)))
     for one, other in zip(joined, (largest, total, above), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 300])
+def test_references_become_the_tokens_they_stand_for(count: int) -> None:
+    ids, chosen = torch.randint(0, 1000, (count,), device=DEVICE), torch.randint(0, 1000, (7,), device=DEVICE)
+    rows = torch.randint(0, 7, (count,), device=DEVICE)
+    follows = torch.rand(count, device=DEVICE) < 0.5
+    expected = torch.where(follows, chosen[rows], ids)
+    given = torch.where(follows, -1 - rows, ids)
+    launch_token_refs(given, chosen)
+    assert torch.equal(given, expected)

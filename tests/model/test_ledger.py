@@ -1,16 +1,16 @@
 """The ledger: shares, blocks per cache group, and refusals that name a number which then works."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 
-from shoal.configs.schema import CacheConfig, ParallelConfig, SchedulerConfig, ShoalConfig
+from shoal.configs.schema import CacheConfig, ParallelConfig, RuntimeConfig, SchedulerConfig, ShoalConfig
 from shoal.model.families import build_spec
 from shoal.model.ledger import CachePlan, MemoryReport, blocks_per_sequence, plan_cache
 from shoal.model.ledger_table import format_ledger
-from shoal.model.memory_estimate import estimate_reports, weights_bytes
+from shoal.model.memory_estimate import estimate_reports, graph_sizes, weights_bytes
 from shoal.model.shard import shard_model
 from shoal.model.spec import DecoderSpec
 
@@ -226,6 +226,25 @@ def test_table_shows_every_rank_and_the_largest_context() -> None:
     assert lines[-1].startswith("largest context x concurrency: 4096 tokens x ")
     assert lines[-1].endswith(" sequences (max_num_seqs)")
     assert "KV cache" not in format_ledger(reports, shards, settings.cache.reserve)
+
+
+def test_graphs_of_steps_take_memory_on_gpus_unless_steps_are_eager() -> None:
+    spec, (shard,) = llama_7b(), shard_model(llama_7b(), ParallelConfig())
+
+    def activations(device: Literal["cpu", "cuda"], *, enforce_eager: bool) -> int:
+        settings = msgspec.structs.replace(config(), runtime=RuntimeConfig(device=device, enforce_eager=enforce_eager))
+        (one,) = estimate_reports(spec, [shard], settings, itemsize=2, available_bytes=64 << 30)
+        return one.activation_bytes
+
+    assert activations("cuda", enforce_eager=False) > 500 * MIB + activations("cuda", enforce_eager=True)
+    assert activations("cuda", enforce_eager=True) == activations("cpu", enforce_eager=False)
+
+
+def test_graphs_are_no_larger_than_steps_can_be() -> None:
+    limits = SchedulerConfig(max_num_seqs=40, max_num_batched_tokens=512)
+    sizes = graph_sizes(ShoalConfig(scheduler=limits, runtime=RuntimeConfig(device="cuda")))
+    assert sizes is not None and sizes.rows[-2:] == (32, 48) and sizes.tokens[-1] == 512 and sizes.most() == (128, 512)
+    assert graph_sizes(ShoalConfig(runtime=RuntimeConfig(device="cpu"))) is None
 
 
 def test_report_and_plan_travel_as_messages() -> None:
