@@ -57,7 +57,7 @@ class BatchState:
         for request_id in [*plan.finished_ids, *plan.preempted_ids]:
             gone = self.sequences.pop(request_id, None)
             if gone is not None:
-                gone.counts = None  # batches may hold a sequence until its row is another's
+                gone.counts, gone.token_ids = None, []  # batches may hold a sequence until its row is another's
         for new in plan.new_sequences:
             self.add(new)
         for row in plan.rows:
@@ -176,10 +176,11 @@ class BatchState:
         fits = padded.begin(sequences)
         assert fits and self.padding is not None, "it was made for them"
         if tokens == rows:
-            first = min(row.num_computed_tokens for row in plan.rows)
-            shared = max(shared_keys(table[: len(sequences)], first, self.block_size) for table in padded.tables)
-            if shared * (len(sequences) - 1) > self.padding.shared_keys:
-                return None
+            first, others = min([row.num_computed_tokens for row in plan.rows]), len(sequences) - 1
+            if first * others > self.padding.shared_keys:
+                shared = max(shared_keys(table[: others + 1], first, self.block_size) for table in padded.tables)
+                if shared * others > self.padding.shared_keys:
+                    return None
         return padded.fill(plan.rows, sequences)
 
     def padded_size(self, plan: StepPlan, sequences: list[SequenceState]) -> Size | None:

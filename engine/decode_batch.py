@@ -16,11 +16,12 @@ Layout = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]  # type and shap
 
 class StepMemory(NamedTuple):
     """Arrays written on the host, in one piece of memory, and the tensors they are on the device, in another; on a CPU
-    the two are one. Host memory of a GPU is pinned.
+    the two are one. Host memory of a GPU is pinned. starts: their first bytes, and the end.
     """
 
     host: torch.Tensor
     device: torch.Tensor
+    starts: list[int]
     arrays: Mapping[str, np.ndarray]
     tensors: Mapping[str, torch.Tensor]
 
@@ -35,7 +36,7 @@ class StepMemory(NamedTuple):
         for (name, (kind, shape)), start, size in zip(layout.items(), starts.tolist(), sizes):
             arrays[name] = host[start : start + size].numpy().view(kind).reshape(shape)
             tensors[name] = held[start : start + size].view(getattr(torch, np.dtype(kind).name)).view(shape)
-        return cls(host, held, arrays, tensors)
+        return cls(host, held, starts.tolist(), arrays, tensors)
 
 
 class DecodeBatch:
@@ -75,6 +76,7 @@ class DecodeBatch:
         )
         for table in self.tables:
             table.fill(-1)
+        self.tables_changed = True
         self.batch = BatchInput(
             token_ids_T=tensors["token_ids"],
             positions_T=tensors["positions"],
@@ -119,5 +121,6 @@ class DecodeBatch:
             return False
         for table, blocks, used in zip(self.tables, sequence.tables, num_blocks, strict=True):
             table[index, :used] = blocks[:used]
+        self.tables_changed = True
         self.held[index] = sequence, [*num_blocks]
         return True

@@ -55,8 +55,8 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> int:
-        """Start a plan and return its handle at once. At most `capacity.most_launched` may be unanswered. Raises
-        ExecutorFailed."""
+        """Start a plan and return its handle; the plan before it may have to be run first. At most
+        `capacity.most_launched` may be unanswered. Raises ExecutorFailed."""
 
     @abstractmethod
     def result(self, handle: int, timeout_s: float) -> StepResult:

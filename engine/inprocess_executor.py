@@ -44,6 +44,7 @@ class InProcessExecutor(Executor):
         """Give back the worker's memory."""
         if not self.stopped:
             self.stopped = True
+            self.begun.clear()
             self.worker.close()
 
 

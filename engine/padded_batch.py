@@ -31,6 +31,7 @@ class PaddedBatch(DecodeBatch):
         super().__init__(rows, [width] * num_groups, block_size, device, tokens, layout)
         self.settings = {name: self.memory.arrays[name] for name in layout}
         self.filtering, self.prompts = [False] * rows, np.zeros(rows, np.int64)
+        self.padded_with = (rows, 0)  # the first row that is not a step's, and whose table it has
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
         temperature, top_p, min_p, top_k, seeds, drawn, sample_indices, ends = (
             self.memory.tensors[name] for name in layout
@@ -71,8 +72,10 @@ class PaddedBatch(DecodeBatch):
         arrays["temperature"][count:] = 0.0
         self.held[count:] = [None] * (len(self.held) - count)
         if self.copied is not None:
-            self.memory.device.copy_(self.memory.host, non_blocking=True)
+            end = self.memory.starts[-1 if self.tables_changed else -1 - len(self.tables)]  # tables are the last
+            self.memory.device[:end].copy_(self.memory.host[:end], non_blocking=True)
             self.copied.record()
+        self.tables_changed = False
         return self.batch
 
     def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
@@ -97,8 +100,12 @@ class PaddedBatch(DecodeBatch):
         arrays = self.memory.arrays
         for name in ("token_ids", "positions", "seq_lens"):
             arrays[name][count:] = arrays[name][shortest]
-        for group, table in enumerate(self.tables):
-            table[count:], arrays[f"slots {group}"][count:] = table[shortest], NOWHERE
+        for group in range(len(self.tables)):
+            arrays[f"slots {group}"][count:] = NOWHERE
+        if self.tables_changed or self.padded_with != (count, shortest):
+            self.padded_with, self.tables_changed = (count, shortest), True
+            for table in self.tables:
+                table[count:] = table[shortest]
 
 
 class MixedBatch(PaddedBatch):
@@ -119,8 +126,8 @@ class MixedBatch(PaddedBatch):
             tokens += sequence.token_ids[row.num_computed_tokens : stop]
         row_of_token = np.repeat(np.arange(count), counts)
         positions = np.arange(total) + (starts - bounds[:count])[row_of_token]
-        for name, values, rest in (("token_ids", tokens, 0), ("positions", positions, 0)):
-            arrays[name][:total], arrays[name][total:] = values, rest
+        arrays["token_ids"][:total], arrays["token_ids"][total:] = tokens, 0
+        arrays["positions"][:total], arrays["positions"][total:] = positions, 0
         arrays["seq_lens"][:count], arrays["seq_lens"][count:] = starts + counts, 0
         arrays["ends"][:count], arrays["ends"][count:] = bounds[1 : count + 1] - 1, 0
         for group, table in enumerate(self.tables):

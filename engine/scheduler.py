@@ -32,7 +32,7 @@ class Launched(NamedTuple):
 class Draft:
     """A plan while it is made."""
 
-    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences", "unsettled")
+    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences", "unsettled", "waits")
 
     def __init__(self, budget: StepBudget) -> None:
         self.budget = budget
@@ -40,7 +40,7 @@ class Draft:
         self.sequences: list[Sequence] = []
         self.unsettled: list[Sequence] = []  # rows that fill a block, or may leave a window
         self.new_sequences: list[NewSequence] = []
-        self.preempted = False
+        self.preempted = self.waits = False  # a sequence for blocks
 
 
 def _order(seq: Sequence) -> tuple[int, float, int]:
@@ -91,6 +91,8 @@ class Scheduler:
         trusted: its blocks may serve others.
         """
         if seq.status is Status.RUNNING:
+            if trusted and self.overlap:
+                self.tables.settle(seq)  # tokens that were not known when their row was scheduled
             self._leave_running(seq, self._finished_ids, trusted=trusted)
         elif seq.status is Status.WAITING:
             self._leave_waiting(bisect_left(self.waiting, seq.order, key=_order))
@@ -117,8 +119,9 @@ class Scheduler:
         """The next plan, to be launched before any other call; None when nothing can run before a result comes."""
         draft, decoding, prefilling = self._survey()
         self._decode(draft, decoding)
-        self._prefill(draft, prefilling)
-        if not draft.preempted:
+        if not draft.waits:
+            self._prefill(draft, prefilling)
+        if not (draft.preempted or draft.waits):
             self._admit(draft)
         return self._commit(draft) if draft.rows else None
 
@@ -160,6 +163,9 @@ class Scheduler:
             if position < len(seq.tables[0]) * size or self._make_room(draft, seq, 1):
                 budget.take_decode(self.cost.row_cost(1, position) if balanced else 1.0, position)
                 self._add_row(draft, seq, 1)
+            elif self.overlap:  # rows of later ones are always in flight: none more, so that it can have their blocks
+                draft.waits = True
+                return
 
     def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
         """A further chunk for running sequences with more than one token to compute."""
@@ -167,9 +173,14 @@ class Scheduler:
             chunk = draft.budget.chunk(seq.pending, seq.num_computed)
             if chunk <= 0:
                 return
-            if seq.status is Status.RUNNING and (chunk := self._make_room(draft, seq, chunk)):
-                draft.budget.take_prefill(chunk, seq.num_computed)
-                self._add_row(draft, seq, chunk)
+            if seq.status is not Status.RUNNING:
+                continue
+            if room := self._make_room(draft, seq, chunk):
+                draft.budget.take_prefill(room, seq.num_computed)
+                self._add_row(draft, seq, room)
+            elif self.overlap:
+                draft.waits = True
+                return
 
     def _admit(self, draft: Draft) -> None:
         """First chunks of waiting sequences while the running set will fit.

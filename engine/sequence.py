@@ -26,12 +26,11 @@ class Sequence:
 
     tokens: prompt, then output. num_computed: tokens whose KV is in the cache once every launched step has run.
     num_told: tokens the ranks know the ids of. in_flight: launched rows without a result; last_row: the last of those
-    that sample. keys: prefix keys of its
-    leading full blocks. tables: per cache group, its block ids; first_live: per group, the index of the first one it
-    still holds (those before fell out of the window); last_blocks: per group, the last one, a new list when it changes.
-    num_hit_blocks: leading blocks it found in the cache.
-    num_published: blocks others can find. num_given: output tokens the front end has been told of; logprobs: of those
-    it has not. order: the smallest is served first.
+    that sample. keys: prefix keys of its leading full blocks. tables: per cache group, its block ids; first_live: per
+    group, the index of the first one it still holds (those before fell out of the window); last_blocks: per group, the
+    last one, a new list when it changes. num_hit_blocks: leading blocks it found in the cache. num_published: blocks
+    others can find. num_given: output tokens the front end has been told of; logprobs: of those it has not. order: the
+    smallest is served first.
     """
 
     __slots__ = (

@@ -12,7 +12,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 
 from shoal.configs.schema import ShoalConfig
 from shoal.engine.batch_state import BatchState, Padding
+from shoal.engine.begun import Begun
 from shoal.engine.choosing import Choice, TokenChooser, choices_of
 from shoal.engine.messages import PlanRow, RankTiming, RowResult, StepPlan, StepResult, TokenLogprobs
 from shoal.engine.profile import ActivationMeter, available_bytes, profile_plan, warm_up_plans
@@ -31,7 +31,6 @@ from shoal.model.checkpoint import Checkpoint, load_parameters
 from shoal.model.decoder import Stage
 from shoal.model.dummy import dummy_parameters
 from shoal.model.families import load_spec
-from shoal.model.graph_steps import BegunStep
 from shoal.model.kv_cache import KVCache
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.kv_scales import read_kv_scales
@@ -48,23 +47,6 @@ IDLE_S = 0.5  # after a step nothing is under way
 TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
 SHARED_BYTES = 1 << 30  # of keys and values of a layer, which a GPU reads while the host launches one layer's kernels
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
-
-
-@dataclass(slots=True)
-class Begun:
-    """A plan whose result has not been taken. step: what the device has of it, with the sequences of its rows and the
-    moment it was handed over; None where nothing was begun yet. followers: sequences, with the place among their tokens
-    where the token of a row of this plan belongs. done: whether `result` is there.
-    """
-
-    plan: StepPlan
-    previous: "Begun | None" = None
-    step: BegunStep | None = None
-    sequences: list[SequenceState] = field(default_factory=list)
-    started: float = 0.0
-    followers: list[tuple[SequenceState, int, int]] = field(default_factory=list)
-    result: StepResult | None = None
-    done: bool = False
 
 
 class Worker:
@@ -91,14 +73,16 @@ class Worker:
         self.state = self.new_state()
         self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
         self.begun: Begun | None = None  # the last plan
+        self.forwarded_at = 0.0  # when the device was done with a step that had been begun
 
     def new_state(self, *, padded: bool = True) -> BatchState:
         """A batch state that holds nothing. padded: steps may be CUDA graphs."""
-        block_size, layers = self.config.cache.block_size, self.shard.last_layer - self.shard.first_layer
-        itemsize = kv_itemsize(self.config.cache.dtype, self.dtype.itemsize)
-        key_bytes = max(1, sum(kv_bytes_per_block(self.spec, self.shard, block_size, itemsize)) // block_size // layers)
-        padding = Padding(self.graph_sizes, SHARED_BYTES // key_bytes) if padded and self.graph_sizes else None
-        return BatchState(block_size, len(self.spec.cache_windows), self.device, padding)
+        padding = None
+        if padded and self.graph_sizes is not None:  # of the layout alone: all ranks must pad alike
+            itemsize = kv_itemsize(self.config.cache.dtype, self.dtype.itemsize)
+            elements = max(2 * layer.mixer.num_kv_heads * layer.mixer.head_dim for layer in self.spec.layers)
+            padding = Padding(self.graph_sizes, SHARED_BYTES * self.shard.tp_size // (elements * itemsize))
+        return BatchState(self.config.cache.block_size, len(self.spec.cache_windows), self.device, padding)
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read (or make) the weights of this rank. on_progress(bytes done, bytes in all). Raises ValueError naming file
@@ -190,15 +174,13 @@ class Worker:
         if previous is not None and previous.step is None:
             self.finish(previous)  # it runs first
         pending = previous if previous is not None and not previous.done else None
-        begun = self.begun = Begun(plan, pending)
         self.state.apply(plan, self.resolve_refs(plan, pending))
+        begun = self.begun = Begun(plan, pending)
         if pending is not None:
-            rows = [row for row in plan.rows if row.ref is not None]
-            follow = [self.state.sequences[row.request_id] for row in rows]
             pending.followers = [
                 (sequence, len(sequence.token_ids) - 1, row.ref.row)
-                for sequence, row in zip(follow, rows, strict=True)
-                if row.ref is not None
+                for row in plan.rows
+                if row.ref is not None and (sequence := self.state.sequences[row.request_id])
             ]
         if self.overlaps and plan.rows:
             self.try_begin(begun)
@@ -215,7 +197,7 @@ class Worker:
                 return
         batch = self.state.build_padded(plan, sequences)
         if batch is not None:
-            begun.step, begun.sequences, begun.started = self.stage.begin(batch, self.cache), sequences, started
+            begun.step, begun.started = self.stage.begin(batch, self.cache), started
 
     def finish(self, begun: Begun) -> StepResult | None:
         """The result of a begun plan, as run gives it. Raises as run."""
@@ -237,10 +219,12 @@ class Worker:
         """What the device makes of a plan."""
         plan = begun.plan
         assert begun.step is not None
-        output = begun.step.output([index for index, row in enumerate(plan.rows) if row.sample])
+        output = begun.step.output([index for index, row in enumerate(plan.rows) if row.sample], with_head=False)
         forward = time.perf_counter()
         rows = self.row_results(plan, choices_of(output), [None] * len(plan.rows))
-        timing = RankTiming(self.mesh.rank, forward - begun.started, 0.0, time.perf_counter() - forward)
+        started = max(begun.started, self.forwarded_at)  # before, the device was at the step before
+        self.forwarded_at = forward
+        timing = RankTiming(self.mesh.rank, forward - started, 0.0, time.perf_counter() - forward)
         return StepResult(epoch=plan.epoch, step=plan.step, rows=rows, timings=[timing])
 
     def run_now(self, plan: StepPlan) -> StepResult | None:
@@ -379,7 +363,7 @@ class Worker:
     def close(self) -> None:
         """Give back the mesh and the memory."""
         self.mesh.close()
-        self.cache = self.stage = self.chooser = None  # type: ignore[assignment]
+        self.cache = self.stage = self.chooser = self.state = self.begun = None  # type: ignore[assignment]
 
 
 def is_idle(worker: "weakref.ref[Worker]") -> bool | None:

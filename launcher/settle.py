@@ -45,6 +45,7 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     device = choose_device(config, host)
     collectives = choose_collectives(config, host, device)
     check_quantization(config, device)
+    check_eager(config, device)
     threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -87,6 +88,14 @@ def choose_device(config: ShoalConfig, host: Host) -> Device:
             f"parallel.ranks_per_device = {-(-host.ranks // host.gpus)}, or rehearse it with runtime.device = cpu"
         )
     return "cuda"
+
+
+def check_eager(config: ShoalConfig, device: Device) -> None:
+    """Raise ValueError where there are no graphs to do without."""
+    if config.runtime.enforce_eager and device == "cpu":
+        raise ValueError(
+            "runtime.enforce_eager does without CUDA graphs, and the ranks run on the CPU, which has none; leave it out"
+        )
 
 
 def check_quantization(config: ShoalConfig, device: Device) -> None:

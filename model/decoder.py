@@ -237,7 +237,8 @@ class Stage:
             if rope is not None and rope not in ropes:
                 ropes.append(rope)
             self.rotations[index] = None if rope is None else ropes.index(rope)
-        self.tables = [RotaryTable(rope, max_model_len, device) for rope in ropes]
+        whole = self.graph_sizes is not None
+        self.tables = [RotaryTable(rope, max_model_len, device, whole=whole) for rope in ropes]
 
     @torch.inference_mode()
     def embed(self, batch: BatchInput) -> torch.Tensor:

@@ -56,15 +56,19 @@ class BegunStep(NamedTuple):
     head_RV: torch.Tensor
     told_R2: torch.Tensor
     hidden_TH: torch.Tensor
+    group: Communicator
     done: torch.cuda.Event | None
 
-    def output(self, rows: list[int]) -> StepOutput:
-        """What these rows of the batch gave, once the device has it. head_RV holds until the next step is begun."""
+    def output(self, rows: list[int], *, with_head: bool = True) -> StepOutput:
+        """What these rows of the batch gave, once the device has it. head_RV holds until the next step is begun; empty
+        without it.
+        """
         if self.done is not None:
-            self.done.synchronize()
+            self.group.wait(self.done)
         chosen_R2 = self.told_R2.numpy()[rows]
-        in_order = rows == list(range(len(rows)))
-        head_RV = self.head_RV[: len(rows)] if in_order else self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
+        head_RV = self.head_RV[: len(rows) if with_head else 0]
+        if with_head and rows != list(range(len(rows))):
+            head_RV = self.head_RV[torch.tensor(rows).to(self.head_RV.device)]
         return StepOutput(head_RV, chosen_R2[:, 0].astype(int).tolist(), chosen_R2[:, 1].tolist(), sampled=True)
 
 
@@ -103,12 +107,12 @@ class GraphSteps:
         if self.stage.on_layer is not None:
             self.stage.on_layer()
         if not self.stage.shard.has_head:
-            return BegunStep(self.head_RV, self.told[0][:0], hidden_TH, None)
+            return BegunStep(self.head_RV, self.told[0][:0], hidden_TH, self.stage.tensor, None)
         told_R2 = self.told[self.num_begun % MOST_BEGUN][: batch.num_rows]
         self.num_begun += 1
         told_R2.copy_(self.chosen_R2[: batch.num_rows], non_blocking=True)
         done = torch.cuda.current_stream().record_event() if hidden_TH.is_cuda else None
-        return BegunStep(self.head_RV, told_R2, hidden_TH, done)
+        return BegunStep(self.head_RV, told_R2, hidden_TH, self.stage.tensor, done)
 
     @torch.inference_mode()
     def compute(self, batch: BatchInput, settings: RowSettings, cache: KVCache, filters: bool) -> None:
@@ -175,8 +179,12 @@ class GraphSteps:
                     raise
                 graph.capture_end()
         except RuntimeError as error:
+            if self.stage.tensor.size > 1:  # whose ranks must all launch a collective from a graph, or none
+                raise RuntimeError(f"a step could not be captured; use runtime.enforce_eager: {error}") from error
             self.captures = False
-            logger.warning("decode steps are launched kernel by kernel, since one could not be captured: %s", error)
+            logger.warning(
+                "steps are launched kernel by kernel from now on, since one could not be captured: %s", error
+            )
             return None
         here.wait_stream(self.stream)
         return graph

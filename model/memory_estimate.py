@@ -9,12 +9,13 @@ from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.ledger import MemoryReport
 from shoal.model.parameters import local_parameters
 from shoal.model.shard import ModelShard
-from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn
+from shoal.model.spec import DecoderSpec, DenseFfn, Ffn, MoeFfn, Rope
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are in memory at once
 SAMPLING_SLICE = 1 << 19  # logits that are sampled, penalised or scored at once
 MOST_GRAPHS = 64  # CUDA graphs of steps kept at one time
 GRAPH_BYTES_PER_LAYER = 400 << 10  # of each, for its kernels, about
+LARGEST_BATCHES = 4  # as many as all batches that are kept come to, about
 GRAPH_SCRATCH = 64 << 20  # bytes of attention's partial results and of cuBLAS in graphs
 SLICE_COPIES = 20  # float32 copies of a slice that this takes at most, int64 counters and float64 noise included
 
@@ -96,12 +97,13 @@ GRAPH_SIZES = GraphSizes(
 
 
 def graph_sizes(config: ShoalConfig) -> GraphSizes | None:
-    """What steps are padded to on GPUs; None where they are launched kernel by kernel."""
-    if config.runtime.device != "cuda" or config.runtime.enforce_eager:
+    """What steps are padded to on GPUs; None where they are launched kernel by kernel. config: settled."""
+    staged = config.parallel.tensor > 1 and config.runtime.collectives != "nccl"  # through the host
+    if config.runtime.device != "cuda" or config.runtime.enforce_eager or staged:
         return None
     rows, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
-    limits = GraphSizes(*((most,) for most in (rows, rows, tokens)))
-    return GraphSizes(*(up_to(sizes, most) for sizes, (most,) in zip(GRAPH_SIZES, limits, strict=True)))
+    limits = (rows, rows, tokens)
+    return GraphSizes(*(up_to(sizes, most) for sizes, most in zip(GRAPH_SIZES, limits, strict=True)))
 
 
 def up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -110,8 +112,9 @@ def up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 
 def graph_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
-    """Most bytes that CUDA graphs of steps take on a rank, about: kernels, results of the largest, and temporary
-    tensors, of which a pool that serves smaller graphs first may have half as much again.
+    """Most bytes that CUDA graphs of steps take on a rank, about: kernels, rotary tables of all positions, results of
+    the largest, temporary tensors, of which a pool that serves smaller graphs first may have as much again, and block
+    tables of the batches, of which most are small.
     """
     sizes = graph_sizes(config)
     if sizes is None:
@@ -120,8 +123,15 @@ def graph_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, items
     start, stop = shard.vocab(spec.vocab_size) if shard.has_head else (0, 0)
     layers = shard.last_layer - shard.first_layer
     passing = tokens * token_elements(spec, shard) * itemsize + rows * (stop - start) * (itemsize + 4)
+    positions = config.model.max_model_len or spec.max_position
+    ropes: list[Rope] = []
+    for layer in spec.layers[shard.first_layer : shard.last_layer]:
+        if layer.mixer.rope is not None and layer.mixer.rope not in ropes:
+            ropes.append(layer.mixer.rope)
     kept = rows * (stop - start) * itemsize + tokens * spec.hidden_size * itemsize
-    return kept + passing * 3 // 2 + GRAPH_SCRATCH + MOST_GRAPHS * layers * GRAPH_BYTES_PER_LAYER
+    kept += 4 * positions * sum(rope.rotary_dim for rope in ropes)
+    kept += 4 * rows * len(spec.cache_windows) * 2 * LARGEST_BATCHES * -(-positions // config.cache.block_size)
+    return kept + 2 * passing + GRAPH_SCRATCH + MOST_GRAPHS * layers * GRAPH_BYTES_PER_LAYER
 
 
 def estimate_reports(

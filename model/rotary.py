@@ -125,12 +125,12 @@ def rope_angles(rope: Rope, positions: torch.Tensor, max_model_len: int) -> tupl
 
 class RotaryTable:
     """cos and sin of every position of one Rope, float32, made on the CPU and kept on the stage's device; grows by
-    doubling.
+    doubling, unless it is whole from the beginning: then it stays where CUDA graphs have seen it.
     """
 
-    def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
+    def __init__(self, rope: Rope, max_model_len: int, device: torch.device, *, whole: bool = False) -> None:
         self.rope, self.max_model_len, self.device = rope, max_model_len, device
-        self._count = min(FIRST_POSITIONS, max_model_len)
+        self._count = max_model_len if whole else min(FIRST_POSITIONS, max_model_len)
         self._table = self._make(self._count)
 
     def _make(self, count: int) -> torch.Tensor:
@@ -138,13 +138,14 @@ class RotaryTable:
         return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1).to(self.device)
 
     def lookup(self, positions_T: torch.Tensor, length: int) -> torch.Tensor:
-        """Rows of positions ([num_tokens] int64, all below length). Returns [num_tokens, rotary_dim]: cosines, then
-        sines.
+        """Rows of positions ([num_tokens] int64, all below length and max_model_len). Returns [num_tokens, rotary_dim]:
+        cosines, then sines.
         """
         return self.up_to(length).index_select(0, positions_T)
 
     def up_to(self, length: int) -> torch.Tensor:
-        """All rows, at least `length`: [positions, rotary_dim]. Another tensor when it had to grow."""
+        """All rows, `length` or max_model_len at least: [positions, rotary_dim]. Another tensor when it had to grow."""
+        length = min(length, self.max_model_len)
         if length > self._count:
             self._count = max(length, min(2 * self._count, self.max_model_len))
             self._table = self._make(self._count)

@@ -62,6 +62,12 @@ class Communicator(ABC):
         """Whether a CUDA graph can hold its collectives."""
         return False
 
+    def wait(self, done: torch.cuda.Event) -> None:
+        """Wait for what a device does, with collectives of this group in it. Raises CollectiveError when that takes too
+        long.
+        """
+        done.synchronize()
+
     def native(self) -> NativeGroup | None:
         """The group for kernels that sum over it from within C; None where the backend is not C."""
         return None

@@ -39,6 +39,7 @@ from shoal.parallel.communicator import CollectiveError, Communicator
 
 MAX_PENDING_SENDS = 16  # messages, and
 MAX_PENDING_BYTES = 256 << 20  # bytes copied and not yet taken by their receivers; beyond, send waits
+LOOK_S = 20e-6  # between looks at a device
 AGREE_TAG, HEADER_TAG, DATA_TAG = 1, 2, 3
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -76,6 +77,15 @@ class TorchCommunicator(Communicator):
     def capturable(self) -> bool:
         """NCCL's, which nothing on the host waits for."""
         return self.backend == "nccl"
+
+    def wait(self, done: torch.cuda.Event) -> None:
+        """Look again and again: NCCL itself watches no collective that is part of a graph."""
+        deadline = time.monotonic() + self.timeout_s
+        while not done.query():
+            if time.monotonic() > deadline:
+                others = [peer for peer in range(self.size) if peer != self.rank]
+                raise self._break(ALL_REDUCE, f"{self._peers(others)}: a graph took more than {self.timeout_s:g} s")
+            time.sleep(LOOK_S)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum in place. Halves under gloo, and all types when deterministic: in float32, in rank order."""

@@ -59,7 +59,7 @@ class LLM:
         except BaseException:
             self.shutdown()
             raise
-        gc.freeze()  # going through all that was imported holds steps up for a quarter of a second; until it is closed
+        _keep_heap()
 
     def generate(
         self,
@@ -209,7 +209,7 @@ class _Runtime:
         if not is_open:
             return
         _running.discard(self)
-        gc.unfreeze()
+        _release_heap()
         launcher = self.engine.resolved.config.launcher
         try:
             self.loop.run(self.engine.shutdown(), launcher.stop_timeout_s + _STOP_SLACK_S)
@@ -218,6 +218,28 @@ class _Runtime:
 
 
 _running: "weakref.WeakSet[_Runtime]" = weakref.WeakSet()
+
+
+_kept_heap = False
+
+
+def _keep_heap() -> None:
+    """Have the garbage collector leave alone what is there, while there is an LLM: going through all that was imported
+    holds every step up for a quarter of a second at a time. Not where somebody else has done so.
+    """
+    global _kept_heap
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+        _kept_heap = True
+
+
+def _release_heap() -> None:
+    """When the last LLM is gone."""
+    global _kept_heap
+    if _kept_heap and not _running:
+        gc.unfreeze()
+        _kept_heap = False
 
 
 def _close_all() -> None:

@@ -19,6 +19,7 @@ ROOMS = LAYERS[1:]
 ONE_FILE_ONLY = ("ray", "deepspeed", "fastapi", "transformers", "huggingface_hub")
 ENGINE_WITH_TORCH = {
     "batch_state",
+    "begun",
     "choosing",
     "decode_batch",
     "inprocess_executor",

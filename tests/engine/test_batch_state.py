@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from shoal.configs.sampling import SamplingParams
-from shoal.engine.batch_state import BatchState, PlanMismatch, shared_keys
+from shoal.engine.batch_state import MOST_PADDED, BatchState, Padding, PlanMismatch, shared_keys
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan, TokenRef
+from shoal.model.memory_estimate import GraphSizes
+from shoal.model.rotary import RotaryTable
+from shoal.model.spec import Rope
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -152,3 +155,84 @@ def test_shared_keys_are_the_whole_blocks_that_all_rows_hold_and_all_queries_see
     assert shared_keys(table, 1000, 16) == 0
     table[:, 0] = -1  # a window that has moved on
     assert shared_keys(table, 1000, 16) == 0
+
+
+@pytest.mark.parametrize("max_model_len", [512, 1000, 1500, 3000, 4096, 131072])
+def test_rotary_tables_stay_where_graphs_have_seen_them(max_model_len: int) -> None:
+    """Whatever steps are padded to, which may be more than the longest sequence."""
+    rope = Rope(rotary_dim=4, theta=1e4, max_position=max_model_len)
+    table = RotaryTable(rope, max_model_len, torch.device("cpu"), whole=True)
+    place = table.up_to(1).data_ptr()
+    length = 512
+    while length < 8 * max_model_len:
+        assert table.up_to(length).data_ptr() == place and len(table.up_to(length)) == max_model_len
+        length *= 2
+
+
+def padded(shared_keys: int = 1 << 30) -> BatchState:
+    return BatchState(2, 1, torch.device("cpu"), Padding(GraphSizes((1, 4), (4,), (16,)), shared_keys))
+
+
+def test_padded_rows_repeat_the_shortest_and_write_nowhere() -> None:
+    state = padded()
+    made = plan(
+        0,
+        [PlanRow("a", 3, 1, [], [[]], [5], True), PlanRow("b", 1, 1, [], [[]], [9], True)],
+        new_sequences=[new("a", [10, 11, 12, 13], [7, 5]), new("b", [20, 21], [9])],
+    )
+    state.apply(made, {})
+    batch = state.build(made)
+    assert batch.num_rows == batch.num_tokens == 4 and batch.settings is not None and not batch.has_gaps
+    assert batch.token_ids_T.tolist() == [13, 21, 21, 21] and batch.seq_lens.tolist() == [4, 2, 2, 2]
+    assert batch.groups[0].slot_mapping_T.tolist() == [11, 19, -1, -1]
+    assert batch.groups[0].block_table_RB[:, 0].tolist() == [7, 9, 9, 9]
+    assert batch.settings.drawn[:2].tolist() == [0, 0]
+    later = plan(1, [PlanRow("b", 2, 1, [22], [[3]], [3], True), PlanRow("a", 4, 1, [14], [[2]], [2], True)])
+    state.apply(later, {})
+    again = state.build(later)
+    assert again is batch and batch.token_ids_T.tolist() == [22, 14, 22, 22]
+    assert batch.groups[0].block_table_RB[:, :3].tolist()[1] == [7, 5, 2]
+    assert batch.groups[0].block_table_RB[:, :2].tolist()[3] == [9, 3]
+    assert batch.settings.drawn[:2].tolist() == [1, 1]
+
+
+def test_mixed_steps_are_padded_from_the_second_of_a_size_on() -> None:
+    state = padded()
+    for step in range(2):
+        names = [f"a{step}", f"b{step}"]
+        made = plan(
+            step,
+            [PlanRow(names[0], 0, 3, [], [[]], [5], False), PlanRow(names[1], 1, 2, [], [[]], [4], True)],
+            new_sequences=[new(names[0], [10, 11, 12, 13], [7, 5]), new(names[1], [1, 2, 3], [6, 4])],
+        )
+        state.apply(made, {})
+        batch = state.build(made)
+        assert (batch.settings is None) == (step == 0)
+    assert batch.num_rows == 4 and batch.num_tokens == 16 and batch.has_gaps
+    assert batch.token_ids_T.tolist() == [10, 11, 12, 2, 3] + [0] * 11
+    assert batch.positions_T.tolist()[:5] == [0, 1, 2, 1, 2]
+    assert batch.cu_seqlens_q.tolist() == [0, 3, 5, 5, 5] and batch.seq_lens.tolist() == [3, 3, 0, 0]
+    assert batch.groups[0].slot_mapping_T.tolist() == [14, 15, 10, 13, 8] + [-1] * 11
+    assert batch.settings is not None and batch.settings.ends is not None
+    assert batch.settings.ends.tolist() == [2, 4, 0, 0]
+
+
+def test_rows_that_share_a_long_prefix_are_not_padded() -> None:
+    state = padded(shared_keys=256 * 3)
+    blocks = list(range(200))
+    made = plan(
+        0,
+        [PlanRow(name, 400, 1, [], [[]], [200 + index], True) for index, name in enumerate("abcd")],
+        new_sequences=[new(name, [1] * 401, [*blocks, 200 + index]) for index, name in enumerate("abcd")],
+    )
+    state.apply(made, {})
+    assert state.build(made).settings is None
+
+
+def test_batches_that_are_not_used_any_more_are_dropped() -> None:
+    state = padded()
+    made = plan(0, [PlanRow("a", 0, 1, [], [[]], [0], True)], new_sequences=[new("a", [1], [0])])
+    state.apply(made, {})
+    state.padded.update({(1, 1, width): None for width in range(MOST_PADDED)})  # type: ignore[misc]
+    assert state.build(made).settings is not None
+    assert len(state.padded) == MOST_PADDED and (1, 1, 0) not in state.padded

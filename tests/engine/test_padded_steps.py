@@ -9,7 +9,8 @@ import torch
 
 from shoal import LLM, SamplingParams
 from shoal.engine import worker
-from shoal.engine.worker import Begun, Worker
+from shoal.engine.begun import Begun
+from shoal.engine.worker import Worker
 from shoal.kernels import device
 from shoal.model.graph_steps import GraphSteps
 from shoal.model.memory_estimate import GraphSizes

@@ -254,6 +254,23 @@ def test_rows_follow_the_token_that_is_being_sampled() -> None:
     assert seq.num_output_tokens == 3
 
 
+def test_the_first_in_order_does_not_wait_for_rows_that_are_always_in_flight() -> None:
+    bench = Bench(make_capacity(block_size=4, num_blocks=5, overlap=True))
+    bench.admit_all()
+    first, second = bench.add("a", [1, 2, 3], max_tokens=14), bench.add("b", [4] * 7, max_tokens=14)
+    bench.launch()
+    waited = 0
+    while first.num_output_tokens < 14 and waited < 4:
+        before = first.num_output_tokens
+        plan = bench.scheduler.schedule()
+        if plan is not None:
+            bench.executor.launch(plan)
+        bench.take()
+        waited = waited + 1 if first.num_output_tokens == before else 0
+    assert first.num_output_tokens == 14 and bench.scheduler.num_preemptions > 0
+    assert second.num_output_tokens < 14
+
+
 def test_a_row_that_followed_an_end_token_is_ignored() -> None:
     bench = Bench(make_capacity(overlap=True))
     probe = bench.add("probe", [5], max_tokens=1)

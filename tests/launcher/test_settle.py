@@ -103,6 +103,11 @@ def test_ranks_that_share_a_gpu_exchange_through_the_host_and_divide_its_memory(
         (config(2, sharing=2), CPU, "how many ranks share a GPU, and the ranks run on the CPU.*leave it out"),
         (config(2, sharing=2, collectives="nccl"), Host(gpus=1, native=False, ranks=2), "nccl refuses two ranks"),
         (config(2, collectives="shm"), Host(gpus=2, native=True, ranks=2), "shm joins CPU tensors.*use auto or nccl"),
+        (
+            ShoalConfig(runtime=RuntimeConfig(enforce_eager=True)),
+            CPU,
+            "enforce_eager does without CUDA graphs.*leave it",
+        ),
         (ShoalConfig(model=ModelConfig(quantization="fp8")), CPU, "quantization = fp8 is for GPUs.*use int8 or int4"),
         (config(max_model_len=513), CPU, "max_model_len = 513 exceeds the checkpoint's context of 512 tokens"),
     ],
