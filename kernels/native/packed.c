@@ -52,8 +52,7 @@ INLINE void multiply_position(int type, const char *const *three, int64_t x_step
                 const vu pairs = *(const vu_unaligned *)(panel + 4 * LANES * v);
                 b[v] = (vf)(odd ? pairs & 0xffff0000u : pairs << 16);
             }
-            for (int r = 0; r < m; r++)
-                for (int v = 0; v < width; v += 2) add_products(acc[r] + v, &X(float, r, odd), b[v], b[v + 1]);
+            for (int r = 0; r < m; r++) ADD_PRODUCTS(acc[r], X(float, r, odd), b, width);
         }
     } else if (type == BF16) {
         vu b[VECTORS];

@@ -85,19 +85,24 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
-/* sums[0] += x b0, sums[1] += x b1. With AVX2 the instructions are spelled out: where 12 sums, 2 vectors and x fill the registers, compilers
- * keep a sum in memory instead, and every addition to that one waits for a store. */
-INLINE void add_products(vf sums[2], const float *x, vf b0, vf b1) {
+/* SUMS[i] += X B[i], fused; X: a number in memory, COUNT: a constant. With AVX2 the instructions are spelled out, two sums to an x: where 12
+ * sums, 2 vectors and x fill the registers, compilers keep a sum in memory instead, and every addition to that one waits for a store. */
 #if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
-    vf all;
-    __asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
-            : "+x"(sums[0]), "+x"(sums[1]), "=&x"(all)
-            : "m"(*x), "x"(b0), "x"(b1));
-#else
-    sums[0] = multiply_add(splat(*x), b0, sums[0]);
-    sums[1] = multiply_add(splat(*x), b1, sums[1]);
-#endif
+INLINE void add_products(vf *sums, const float *x, const vf *b, int count) {
+    for (vf all; count > 1; sums += 2, b += 2, count -= 2)
+        __asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+                : "+x"(sums[0]), "+x"(sums[1]), "=&x"(all)
+                : "m"(*x), "x"(b[0]), "x"(b[1]));
+    if (count) sums[0] = multiply_add(splat(*x), b[0], sums[0]);
 }
+#define ADD_PRODUCTS(SUMS, X, B, COUNT) add_products(SUMS, &(X), B, COUNT)
+#else
+#define ADD_PRODUCTS(SUMS, X, B, COUNT)                                                         \
+    do {                                                                                        \
+        vf all = splat(X);                                                                      \
+        for (int i = 0; i < (COUNT); i++) (SUMS)[i] = multiply_add(all, (B)[i], (SUMS)[i]);    \
+    } while (0)
+#endif
 
 /* sums + a.even b.even + a.odd b.odd of every lane's pair of bfloat16. */
 INLINE vf multiply_pairs(vf sums, uint32_t a, vu b) {
