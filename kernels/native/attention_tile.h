@@ -39,6 +39,8 @@
 /* Whether numbers of a type are multiplied in pairs. */
 #define PAIRED(TYPE) ((TYPE) == BF16 && MULTIPLIES_PAIRS)
 #define CHUNK(TYPE) (PAIRED(TYPE) ? 2 * LANES : LANES) /* dimensions of a vector */
+/* Whether keys are turned in pairs of dimensions, and widened then: half as many shuffles. */
+#define TURNS_PAIRS(TYPE) ((TYPE) == BF16 && LANES == 8 && !MULTIPLIES_PAIRS)
 
 /* One query with one head. query: its number in the batch. */
 typedef struct {
@@ -121,21 +123,27 @@ INLINE void transpose(vf rows[LANES]) {
 
 /* Keys [first, stop) among LANES keys from `group` on; whole: that is all of them. */
 INLINE void turn_group(const Attention *a, const Scratch *s, int type, int many, int group, int first, int stop, int whole) {
-    const int64_t size = element_size(type), dim = a->head_dim, chunk = CHUNK(type);
+    const int64_t size = element_size(type), dim = a->head_dim, chunk = TURNS_PAIRS(type) ? 2 * LANES : CHUNK(type);
     for (int64_t d = 0; d < s->width; d += chunk) {
         vf rows[LANES];
         for (int i = 0; i < LANES; i++) {
             const int j = group + i, there = whole || (j >= first && j < stop);
             const char *key = s->keys[j] + d * size;
             if (!there) rows[i] = splat(0.0f);
-            else if (PAIRED(type)) rows[i] = (vf)load_pairs(key, dim - d);
+            else if (PAIRED(type) || TURNS_PAIRS(type)) rows[i] = (vf)load_pairs(key, dim - d);
             else rows[i] = dim - d >= LANES ? load(key, type) : load_part(key, type, dim - d);
             __builtin_prefetch(s->ahead[j] + d * size);
             if (many) __builtin_prefetch(s->ahead[j] + (a->v_cache - a->k_cache) + d * size);
         }
         transpose(rows);
         vf *out = (vf *)(s->turned + (PAIRED(type) ? d / 2 : d) * TILE + group);
-        for (int i = 0; i < LANES; i++) out[i * VECTORS] = rows[i];
+        if (TURNS_PAIRS(type)) {
+            for (int i = 0; i < LANES && 2 * i < s->width - d; i++) {
+                out[2 * i * VECTORS] = (vf)((vu)rows[i] << 16);
+                out[(2 * i + 1) * VECTORS] = (vf)((vu)rows[i] & 0xffff0000u);
+            }
+        } else
+            for (int i = 0; i < LANES; i++) out[i * VECTORS] = rows[i];
     }
 }
 
