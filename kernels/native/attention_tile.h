@@ -19,10 +19,11 @@
 #define VECTORS (TILE / LANES)
 #define LOG2_E 1.44269504088896341f
 #define SLACK 8 /* weights may grow to 2^8 before sums are scaled anew */
+#define MAX_ROWS 6
 #ifdef __AVX512F__
-#define MAX_ROWS 6 /* sums of 6 rows by 4 vectors, of 32 registers */
+#define WIDE(ROWS) 4 /* vectors that are summed side by side: of 6 rows there are 24 sums, of 32 registers */
 #else
-#define MAX_ROWS 2 /* sums of 2 rows by 4 vectors, of 16 registers */
+#define WIDE(ROWS) ((ROWS) > 2 ? 2 : 4) /* 12 or 8 sums, of 16 registers */
 #endif
 
 /* Pairs whose scores there is room for, and that are read at once, wherever they begin. */
@@ -38,6 +39,8 @@
 /* Whether numbers of a type are multiplied in pairs. */
 #define PAIRED(TYPE) ((TYPE) == BF16 && MULTIPLIES_PAIRS)
 #define CHUNK(TYPE) (PAIRED(TYPE) ? 2 * LANES : LANES) /* dimensions of a vector */
+/* Whether keys are turned in pairs of dimensions, and widened then: half as many shuffles. */
+#define TURNS_PAIRS(TYPE) ((TYPE) == BF16 && LANES == 8 && !MULTIPLIES_PAIRS)
 
 /* One query with one head. query: its number in the batch. */
 typedef struct {
@@ -120,21 +123,27 @@ INLINE void transpose(vf rows[LANES]) {
 
 /* Keys [first, stop) among LANES keys from `group` on; whole: that is all of them. */
 INLINE void turn_group(const Attention *a, const Scratch *s, int type, int many, int group, int first, int stop, int whole) {
-    const int64_t size = element_size(type), dim = a->head_dim, chunk = CHUNK(type);
+    const int64_t size = element_size(type), dim = a->head_dim, chunk = TURNS_PAIRS(type) ? 2 * LANES : CHUNK(type);
     for (int64_t d = 0; d < s->width; d += chunk) {
         vf rows[LANES];
         for (int i = 0; i < LANES; i++) {
             const int j = group + i, there = whole || (j >= first && j < stop);
             const char *key = s->keys[j] + d * size;
             if (!there) rows[i] = splat(0.0f);
-            else if (PAIRED(type)) rows[i] = (vf)load_pairs(key, dim - d);
+            else if (PAIRED(type) || TURNS_PAIRS(type)) rows[i] = (vf)load_pairs(key, dim - d);
             else rows[i] = dim - d >= LANES ? load(key, type) : load_part(key, type, dim - d);
             __builtin_prefetch(s->ahead[j] + d * size);
             if (many) __builtin_prefetch(s->ahead[j] + (a->v_cache - a->k_cache) + d * size);
         }
         transpose(rows);
         vf *out = (vf *)(s->turned + (PAIRED(type) ? d / 2 : d) * TILE + group);
-        for (int i = 0; i < LANES; i++) out[i * VECTORS] = rows[i];
+        if (TURNS_PAIRS(type)) {
+            for (int i = 0; i < LANES && 2 * i < s->width - d; i++) {
+                out[2 * i * VECTORS] = (vf)((vu)rows[i] << 16);
+                out[(2 * i + 1) * VECTORS] = (vf)((vu)rows[i] & 0xffff0000u);
+            }
+        } else
+            for (int i = 0; i < LANES; i++) out[i * VECTORS] = rows[i];
     }
 }
 
@@ -177,33 +186,30 @@ INLINE void spread_pairs(const Attention *a, const Scratch *s, int first, int st
     }
 }
 
-/* weights[r][j] = q . key_j of four vectors of keys from number `from` on, for rows from `row` on; dimensions in rising order. */
+/* weights[r][j] = q . key_j of some vectors of keys from number `from` on, for rows from `row` on; dimensions in rising order. */
 INLINE void score_vectors(const Attention *a, const Scratch *s, int paired, int rows, int64_t row, int from) {
     const int64_t count = paired ? (a->head_dim + 1) / 2 : a->head_dim, step = paired ? s->width / 2 : s->width;
     vf sums[MAX_ROWS][4] = {0};
     const float *q = s->q + row * step;
     for (int64_t d = 0; d < count; d++) {
         vf k[4];
-        for (int i = 0; i < 4; i++) k[i] = *(const vf *)(s->turned + d * TILE + (from + i) * LANES);
+        for (int i = 0; i < WIDE(rows); i++) k[i] = *(const vf *)(s->turned + d * TILE + (from + i) * LANES);
         for (int r = 0; r < rows; r++) {
             if (paired) {
                 uint32_t pair;
                 memcpy(&pair, q + r * step + d, 4);
-                for (int i = 0; i < 4; i++) sums[r][i] = multiply_pairs(sums[r][i], pair, (vu)k[i]);
-            } else {
-                vf x = splat(q[r * step + d]);
-                for (int i = 0; i < 4; i++) sums[r][i] = multiply_add(x, k[i], sums[r][i]);
-            }
+                for (int i = 0; i < WIDE(rows); i++) sums[r][i] = multiply_pairs(sums[r][i], pair, (vu)k[i]);
+            } else ADD_PRODUCTS(sums[r], q[r * step + d], k, WIDE(rows));
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < 4; i++) *(vf *)(s->weights + r * TILE + (from + i) * LANES) = sums[r][i];
+        for (int i = 0; i < WIDE(rows); i++) *(vf *)(s->weights + r * TILE + (from + i) * LANES) = sums[r][i];
 }
 
 /* The same of all vectors with keys [first, stop). */
 INLINE void score_rows(const Attention *a, const Scratch *s, int paired, int rows, int64_t row, int first, int stop) {
-    for (int from = 0; from < VECTORS; from += 4)
-        if (first < (from + 4) * LANES && from * LANES < stop) score_vectors(a, s, paired, rows, row, from);
+    for (int from = 0; from < VECTORS; from += WIDE(rows))
+        if (first < (from + WIDE(rows)) * LANES && from * LANES < stop) score_vectors(a, s, paired, rows, row, from);
 }
 
 /* Scores to weights in place, for keys [first, stop) of the tile, which lie in vectors [from, to): an even number of them. */
@@ -268,10 +274,7 @@ INLINE void add_floats(const Attention *a, const Scratch *s, int type, int many,
             v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
             if (!many) __builtin_prefetch(s->ahead[j] + (a->v_cache - a->k_cache) + (c + i) * LANES * size);
         }
-        for (int r = 0; r < rows; r++) {
-            vf weight = splat(weights[r * TILE + j]);
-            for (int i = 0; i < count; i++) sums[r][i] = multiply_add(weight, v[i], sums[r][i]);
-        }
+        for (int r = 0; r < rows; r++) ADD_PRODUCTS(sums[r], weights[r * TILE + j], v, count);
     }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < count; i++) *(vf *)(s->o + (row + r) * s->width + (c + i) * LANES) = sums[r][i];
@@ -316,14 +319,14 @@ INLINE void add_pairs(const Attention *a, const Scratch *s, int many, int rows, 
 /* The same over the whole head. */
 INLINE void add_all_pairs(const Attention *a, const Scratch *s, int many, int rows, int64_t row, const float *weights, int first, int stop) {
     int64_t c = 0;
-    for (; c + 4 <= s->width / LANES; c += 4) add_pairs(a, s, many, rows, row, weights, first, stop, c, 4);
+    for (; c + WIDE(rows) <= s->width / LANES; c += WIDE(rows)) add_pairs(a, s, many, rows, row, weights, first, stop, c, WIDE(rows));
     if (c < s->width / LANES) add_pairs(a, s, many, rows, row, weights, first, stop, c, 2);
 }
 INLINE void add_all_floats(const Attention *a, const Scratch *s, int type, int many, int rows, int64_t row, const float *weights, int first,
                            int stop) {
     const int64_t part = a->head_dim % LANES, whole = a->head_dim / LANES;
     int64_t c = 0;
-    for (; c + 4 <= whole; c += 4) add_floats(a, s, type, many, rows, row, weights, first, stop, c, 4, 0);
+    for (; c + WIDE(rows) <= whole; c += WIDE(rows)) add_floats(a, s, type, many, rows, row, weights, first, stop, c, WIDE(rows), 0);
     for (; c < whole; c++) add_floats(a, s, type, many, rows, row, weights, first, stop, c, 1, 0);
     if (part) add_floats(a, s, type, many, rows, row, weights, first, stop, c, 1, part);
 }
@@ -339,15 +342,9 @@ typedef void (*Add)(const Attention *, const Scratch *, int64_t row, const float
     static void NAME##_##ROWS(const Attention *a, const Scratch *s, int64_t row, const float *weights, int first, int stop) {   \
         F(a, s, __VA_ARGS__, ROWS, row, weights, first, stop);                                                                   \
     }
-#if MAX_ROWS == 6
 #define COPIES(TYPE, KIND, NAME, ...)                                                                               \
     KIND(NAME, 1, __VA_ARGS__) KIND(NAME, 2, __VA_ARGS__) KIND(NAME, 4, __VA_ARGS__) KIND(NAME, 6, __VA_ARGS__)     \
     static const TYPE NAME[] = {0, NAME##_1, NAME##_2, 0, NAME##_4, 0, NAME##_6};
-#else
-#define COPIES(TYPE, KIND, NAME, ...)                      \
-    KIND(NAME, 1, __VA_ARGS__) KIND(NAME, 2, __VA_ARGS__)  \
-    static const TYPE NAME[] = {0, NAME##_1, NAME##_2};
-#endif
 COPIES(Score, SCORE, score_floats, 0)
 COPIES(Add, ADD, add_floats_many, add_all_floats, F32, 1)
 COPIES(Add, ADD, add_floats_few, add_all_floats, F32, 0)

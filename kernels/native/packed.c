@@ -45,7 +45,16 @@ INLINE int64_t position_size(int type) { return type == BF16 && MULTIPLIES_PAIRS
  * x_step and twice x_step these are addresses the processor adds up by itself. */
 INLINE void multiply_position(int type, const char *const *three, int64_t x_step, const char *panel, int m, int width, vf acc[][VECTORS]) {
 #define X(TYPE, R, K) (((const TYPE *)(three[(R) / 3] + (R) % 3 * x_step))[K])
-    if (type == BF16) {
+    if (type == BF16 && LANES == 8 && !MULTIPLIES_PAIRS) {
+        for (int odd = 0; odd < 2; odd++) {
+            vf b[VECTORS];
+            for (int v = 0; v < width; v++) {
+                const vu pairs = *(const vu_unaligned *)(panel + 4 * LANES * v);
+                b[v] = (vf)(odd ? pairs & 0xffff0000u : pairs << 16);
+            }
+            for (int r = 0; r < m; r++) ADD_PRODUCTS(acc[r], X(float, r, odd), b, width);
+        }
+    } else if (type == BF16) {
         vu b[VECTORS];
         for (int v = 0; v < width; v++) b[v] = *(const vu_unaligned *)(panel + 4 * LANES * v);
         for (int r = 0; r < m; r++)

@@ -33,8 +33,18 @@ typedef struct {
     int64_t groups;
 } Rounded;
 
-/* sum + the dot products of each lane's four unsigned bytes with the four signed bytes of x. */
-INLINE vi dot_four(vi sum, vu w, int32_t x) {
+/* Whether a group's products of 4-bit codes are summed in halves of 16 bits, which hold them: 16 times 15 times 127. */
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && LANES == 8
+#define SUMS_HALVES(BITS) ((BITS) == 4)
+#else
+#define SUMS_HALVES(BITS) 0
+#endif
+
+/* sum + the dot products of each lane's four unsigned bytes with the four signed bytes of x; in two halves where SUMS_HALVES. */
+INLINE vi dot_four(int bits, vi sum, vu w, int32_t x) {
+#if defined(__AVX2__) && LANES == 8
+    if (SUMS_HALVES(bits)) return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)));
+#endif
 #if defined(__AVX512VNNI__) && LANES == 16
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 #elif defined(__AVXVNNI__) && LANES == 8
@@ -50,6 +60,15 @@ INLINE vi dot_four(vi sum, vu w, int32_t x) {
 #else
     for (int i = 0; i < 4; i++) sum += (vi)((w >> (8 * i)) & 0xff) * (int32_t)(int8_t)(uint8_t)((uint32_t)x >> (8 * i));
     return sum;
+#endif
+}
+
+/* The sum of both halves of each lane. */
+INLINE vi join_halves(vi sum) {
+#if defined(__AVX2__) && LANES == 8
+    return (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+#else
+    return sum; /* there are none */
 #endif
 }
 
@@ -80,7 +99,7 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
         vi dots[MOST_ROWS][WIDE][PIECES];
         for (int r = 0; r < m; r++)
             for (int c = 0; c < n; c++)
-                for (int h = 0; h < PIECES; h++) dots[r][c][h] = (vi){} + x->starts[(row + r) * groups + g];
+                for (int h = 0; h < PIECES; h++) dots[r][c][h] = (vi){} + (SUMS_HALVES(bits) ? 0 : x->starts[(row + r) * groups + g]);
         for (int i = 0; i < GROUP; i += 8) {
             vu low[WIDE][PIECES], high[WIDE][PIECES];
             for (int c = 0; c < n; c++)
@@ -95,8 +114,8 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
                 const int8_t *inputs = x->codes + ((row + r) * groups + g) * GROUP + i;
                 for (int c = 0; c < n; c++)
                     for (int h = 0; h < PIECES; h++) {
-                        dots[r][c][h] = dot_four(dots[r][c][h], low[c][h], four_inputs(inputs));
-                        dots[r][c][h] = dot_four(dots[r][c][h], high[c][h], four_inputs(inputs + 4));
+                        dots[r][c][h] = dot_four(bits, dots[r][c][h], low[c][h], four_inputs(inputs));
+                        dots[r][c][h] = dot_four(bits, dots[r][c][h], high[c][h], four_inputs(inputs + 4));
                     }
             }
         }
@@ -105,6 +124,7 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
                 vf scale = load(scales + (c * groups + g) * BLOCK + h * LANES, BF16);
                 for (int r = 0; r < m; r++) {
                     vf both = scale * splat(x->scales[(row + r) * groups + g]);
+                    if (SUMS_HALVES(bits)) dots[r][c][h] = join_halves(dots[r][c][h]) + x->starts[(row + r) * groups + g];
                     sums[r][c][h] = multiply_add(__builtin_convertvector(dots[r][c][h], vf), both, sums[r][c][h]);
                 }
             }

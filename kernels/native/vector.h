@@ -10,7 +10,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -85,6 +85,25 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
+/* SUMS[i] += X B[i], fused; X: a number in memory, COUNT: a constant. With AVX2 the instructions are spelled out, two sums to an x: where 12
+ * sums, 2 vectors and x fill the registers, compilers keep a sum in memory instead, and every addition to that one waits for a store. */
+#if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
+INLINE void add_products(vf *sums, const float *x, const vf *b, int count) {
+    for (vf all; count > 1; sums += 2, b += 2, count -= 2)
+        __asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+                : "+x"(sums[0]), "+x"(sums[1]), "=&x"(all)
+                : "m"(*x), "x"(b[0]), "x"(b[1]));
+    if (count) sums[0] = multiply_add(splat(*x), b[0], sums[0]);
+}
+#define ADD_PRODUCTS(SUMS, X, B, COUNT) add_products(SUMS, &(X), B, COUNT)
+#else
+#define ADD_PRODUCTS(SUMS, X, B, COUNT)                                                         \
+    do {                                                                                        \
+        vf all = splat(X);                                                                      \
+        for (int i = 0; i < (COUNT); i++) (SUMS)[i] = multiply_add(all, (B)[i], (SUMS)[i]);    \
+    } while (0)
+#endif
+
 /* sums + a.even b.even + a.odd b.odd of every lane's pair of bfloat16. */
 INLINE vf multiply_pairs(vf sums, uint32_t a, vu b) {
 #if defined(__AVX512BF16__)
@@ -97,13 +116,20 @@ INLINE vf multiply_pairs(vf sums, uint32_t a, vu b) {
 }
 
 INLINE vf half_to_float(vh h) {
+#if LANES == 8 && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
     vu w = __builtin_convertvector(h, vu), magnitude = (w & 0x7fff) << 13;
     vf value = (vf)magnitude * splat(0x1p112f);
     vu special = (vu)(magnitude >= (vu){} + (0x7c00u << 13)) & 0x7f800000u;
     return (vf)((vu)value | special | ((w & 0x8000) << 16));
+#endif
 }
 
 INLINE vh float_to_half(vf x) {
+#if LANES == 8 && defined(__F16C__)
+    return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
     vu bits = (vu)x, sign = bits & 0x80000000u, a = bits ^ sign;
     vu magic = (vu){} + (126u << 23);
     vu tiny = (vu)((vf)a + (vf)magic) - magic;                      /* subnormal halves: the adder rounds */
@@ -112,6 +138,7 @@ INLINE vh float_to_half(vf x) {
     vu result = choose_bits((vi)(a < (vu){} + (113u << 23)), tiny, normal);
     result = choose_bits((vi)(a >= (vu){} + (143u << 23)), special, result);
     return __builtin_convertvector(result | (sign >> 16), vh);
+#endif
 }
 
 INLINE vf brain_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
