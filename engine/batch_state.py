@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from shoal.engine.decode_batch import DecodeBatch
+from shoal.engine.decode_batch import DecodeBatch, Ragged, take_tokens
 from shoal.engine.messages import NewSequence, PlanRow, StepPlan
 from shoal.engine.padded_batch import MixedBatch, PaddedBatch
 from shoal.engine.sequence_state import SequenceState
@@ -125,28 +125,16 @@ class BatchState:
             return batch
         if plan.rows and self.device.type == "cpu" and all(row.num_tokens == 1 for row in plan.rows):
             return self.build_decode(plan, sequences)
-        counts = np.array([row.num_tokens for row in plan.rows], np.int64)
-        starts = np.array([row.num_computed_tokens for row in plan.rows], np.int64)
-        cu_seqlens = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=cu_seqlens[1:])
-        tokens: list[int] = []
-        for row, sequence in zip(plan.rows, sequences, strict=True):
-            stop = row.num_computed_tokens + row.num_tokens
-            tokens += sequence.token_ids[row.num_computed_tokens : stop]
-            sequence.num_computed_tokens = stop
-        positions = np.arange(int(counts.sum())) + np.repeat(starts - cu_seqlens[:-1], counts)
-        row_of_token = np.repeat(np.arange(len(counts)), counts)
-        seq_lens = (starts + counts).astype(np.int32)
+        ragged = Ragged.of(plan.rows)
+        seq_lens = (ragged.starts + ragged.counts).astype(np.int32)
         return BatchInput(
-            token_ids_T=self.tensor(np.array(tokens, np.int64)),
-            positions_T=self.tensor(positions),
-            cu_seqlens_q=self.tensor(cu_seqlens),
+            token_ids_T=self.tensor(np.array(take_tokens(plan.rows, sequences), np.int64)),
+            positions_T=self.tensor(ragged.positions),
+            cu_seqlens_q=self.tensor(ragged.bounds.astype(np.int32)),
             seq_lens=self.tensor(seq_lens),
-            max_seqlen_q=int(counts.max(initial=0)),
+            max_seqlen_q=int(ragged.counts.max(initial=0)),
             max_seqlen_k=int(seq_lens.max(initial=0)),
-            groups=tuple(
-                self.group_tables(group, sequences, starts, positions, row_of_token) for group in range(self.num_groups)
-            ),
+            groups=tuple(self.group_tables(group, sequences, ragged) for group in range(self.num_groups)),
         )
 
     def build_decode(self, plan: StepPlan, sequences: list[SequenceState]) -> BatchInput:
@@ -205,23 +193,15 @@ class BatchState:
             self.seen.popitem(last=False)
         return None if first == plan.step else size
 
-    def group_tables(
-        self,
-        group: int,
-        sequences: list[SequenceState],
-        starts: np.ndarray,
-        positions: np.ndarray,
-        row_of_token: np.ndarray,
-    ) -> GroupTables:
-        """Block table and slots of one cache group. starts: the rows' first positions of this step."""
+    def group_tables(self, group: int, sequences: list[SequenceState], ragged: Ragged) -> GroupTables:
+        """Block table and slots of one cache group."""
         width = max((sequence.num_blocks[group] for sequence in sequences), default=0)
         table = np.full((len(sequences), width), -1, np.int32)
         for row, sequence in enumerate(sequences):
             used = sequence.num_blocks[group]
             table[row, :used] = sequence.tables[group][:used]
-        blocks = table[row_of_token, positions // self.block_size].astype(np.int64)
-        slots = blocks * self.block_size + positions % self.block_size
-        shared = shared_keys(table, int(starts.min()), self.block_size) if self.device.type == "cuda" else 0
+        slots = ragged.slots(table, self.block_size)
+        shared = shared_keys(table, int(ragged.starts.min()), self.block_size) if self.device.type == "cuda" else 0
         return GroupTables(self.tensor(table), self.tensor(slots), shared)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:

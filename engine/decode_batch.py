@@ -39,6 +39,43 @@ class StepMemory(NamedTuple):
         return cls(host, held, starts.tolist(), arrays, tensors)
 
 
+class Ragged(NamedTuple):
+    """The tokens of rows of any lengths, row after row. starts: the rows' first positions; bounds: [rows + 1], their
+    first tokens; rows, positions: of every token.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
+    bounds: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[PlanRow]) -> "Ragged":
+        """Those of a plan."""
+        counts = np.array([row.num_tokens for row in rows], np.int64)
+        starts = np.array([row.num_computed_tokens for row in rows], np.int64)
+        bounds = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        row_of_token = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(row_of_token)) + (starts - bounds[:-1])[row_of_token]
+        return cls(starts, counts, bounds, row_of_token, positions)
+
+    def slots(self, table_RB: np.ndarray, block_size: int) -> np.ndarray:
+        """Where every token's key and value go: [tokens] int64."""
+        blocks = table_RB[self.rows, self.positions // block_size].astype(np.int64)
+        return blocks * block_size + self.positions % block_size
+
+
+def take_tokens(rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> list[int]:
+    """The ids of the rows' tokens, which count as computed from here on."""
+    tokens: list[int] = []
+    for row, sequence in zip(rows, sequences, strict=True):
+        stop = sequence.num_computed_tokens = row.num_computed_tokens + row.num_tokens
+        tokens += sequence.token_ids[row.num_computed_tokens : stop]
+    return tokens
+
+
 class DecodeBatch:
     """For steps of so many rows, after which nobody looks at their tensors. widths: of the block tables, by cache
     group; tokens: of all rows, default: one each; more: other arrays in the same memory.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shoal.engine.choosing import filters
-from shoal.engine.decode_batch import DecodeBatch, Layout
+from shoal.engine.decode_batch import DecodeBatch, Layout, Ragged, take_tokens
 from shoal.engine.messages import PlanRow
 from shoal.engine.sequence_state import SequenceState
 from shoal.model.batch import BatchInput, RowSettings
@@ -113,25 +113,14 @@ class MixedBatch(PaddedBatch):
 
     def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
         """See DecodeBatch."""
-        count, arrays, size = len(rows), self.memory.arrays, self.block_size
-        counts = np.array([row.num_tokens for row in rows])
-        starts = np.array([row.num_computed_tokens for row in rows])
-        bounds = arrays["bounds"]
-        np.cumsum(counts, out=bounds[1 : count + 1])
-        total = int(bounds[count])
-        bounds[count + 1 :] = total
-        tokens: list[int] = []
-        for row, sequence in zip(rows, sequences, strict=True):
-            stop = sequence.num_computed_tokens = row.num_computed_tokens + row.num_tokens
-            tokens += sequence.token_ids[row.num_computed_tokens : stop]
-        row_of_token = np.repeat(np.arange(count), counts)
-        positions = np.arange(total) + (starts - bounds[:count])[row_of_token]
-        arrays["token_ids"][:total], arrays["token_ids"][total:] = tokens, 0
-        arrays["positions"][:total], arrays["positions"][total:] = positions, 0
-        arrays["seq_lens"][:count], arrays["seq_lens"][count:] = starts + counts, 0
-        arrays["ends"][:count], arrays["ends"][count:] = bounds[1 : count + 1] - 1, 0
+        count, arrays, ragged = len(rows), self.memory.arrays, Ragged.of(rows)
+        total, lengths = int(ragged.bounds[count]), ragged.starts + ragged.counts
+        arrays["bounds"][: count + 1], arrays["bounds"][count + 1 :] = ragged.bounds, total
+        arrays["token_ids"][:total], arrays["token_ids"][total:] = take_tokens(rows, sequences), 0
+        arrays["positions"][:total], arrays["positions"][total:] = ragged.positions, 0
+        arrays["seq_lens"][:count], arrays["seq_lens"][count:] = lengths, 0
+        arrays["ends"][:count], arrays["ends"][count:] = ragged.bounds[1:] - 1, 0
         for group, table in enumerate(self.tables):
             slots = arrays[f"slots {group}"]
-            slots[:total] = table[row_of_token, positions // size].astype(np.int64) * size + positions % size
-            slots[total:] = NOWHERE
-        return int((starts + counts).max())
+            slots[:total], slots[total:] = ragged.slots(table, self.block_size), NOWHERE
+        return int(lengths.max())

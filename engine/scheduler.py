@@ -32,7 +32,7 @@ class Launched(NamedTuple):
 class Draft:
     """A plan while it is made."""
 
-    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences", "unsettled", "waits")
+    __slots__ = ("budget", "new_sequences", "preempted", "rows", "sequences", "unsettled", "waiting")
 
     def __init__(self, budget: StepBudget) -> None:
         self.budget = budget
@@ -40,7 +40,8 @@ class Draft:
         self.sequences: list[Sequence] = []
         self.unsettled: list[Sequence] = []  # rows that fill a block, or may leave a window
         self.new_sequences: list[NewSequence] = []
-        self.preempted = self.waits = False  # a sequence for blocks
+        self.preempted = False
+        self.waiting: Sequence | None = None  # finds no block while later ones are in flight
 
 
 def _order(seq: Sequence) -> tuple[int, float, int]:
@@ -119,9 +120,8 @@ class Scheduler:
         """The next plan, to be launched before any other call; None when nothing can run before a result comes."""
         draft, decoding, prefilling = self._survey()
         self._decode(draft, decoding)
-        if not draft.waits:
-            self._prefill(draft, prefilling)
-        if not (draft.preempted or draft.waits):
+        self._prefill(draft, prefilling)
+        if not draft.preempted and draft.waiting is None:
             self._admit(draft)
         return self._commit(draft) if draft.rows else None
 
@@ -164,7 +164,7 @@ class Scheduler:
                 budget.take_decode(self.cost.row_cost(1, position) if balanced else 1.0, position)
                 self._add_row(draft, seq, 1)
             elif self.overlap:  # rows of later ones are always in flight: none more, so that it can have their blocks
-                draft.waits = True
+                draft.waiting = seq
                 return
 
     def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
@@ -175,11 +175,13 @@ class Scheduler:
                 return
             if seq.status is not Status.RUNNING:
                 continue
+            if draft.waiting is not None and draft.waiting.order < seq.order:
+                return
             if room := self._make_room(draft, seq, chunk):
                 draft.budget.take_prefill(room, seq.num_computed)
                 self._add_row(draft, seq, room)
             elif self.overlap:
-                draft.waits = True
+                draft.waiting = seq
                 return
 
     def _admit(self, draft: Draft) -> None:

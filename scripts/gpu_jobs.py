@@ -2,7 +2,7 @@
 
     python scripts/gpu_jobs.py kernels --part 0 --of 8 --seed 7      # the table of kernels/gpu/checks.py
     python scripts/gpu_jobs.py model llama --tp 2                    # a whole tiny model against transformers
-    python scripts/gpu_jobs.py graphs                                # decode steps as CUDA graphs beside eager ones
+    python scripts/gpu_jobs.py graphs                                # steps as CUDA graphs beside eager ones
     python scripts/gpu_jobs.py times                                 # the measured cases, one after the other
     python scripts/gpu_jobs.py crossovers                            # ours beside torch's library kernels, over rows
     python scripts/gpu_jobs.py report --part 0 --of 2                # compile for sm_80 and sm_90, no GPU needed
@@ -129,7 +129,7 @@ def shortfall(oracle: Any, prompt: list[int], token_ids: list[int]) -> float:
 
 
 def check_graphs(args: argparse.Namespace) -> None:
-    """Decode steps as CUDA graphs choose the tokens that steps launched kernel by kernel choose; graphs hold NCCL's
+    """Steps as CUDA graphs choose the tokens that steps launched kernel by kernel choose; graphs hold NCCL's
     collectives.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Decode steps as a GPU's CUDA graphs compute them: padded, in tensors that stay, sampling included. Here through
+"""Steps as a GPU's CUDA graphs compute them: padded, in tensors that stay, sampling included. Here through
 Triton's interpreter, without the capture, which only a GPU has (scripts/gpu_check.py)."""
 
 from pathlib import Path
