@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 PROMPTS = [[5, 9, 13], [40, 7], [3, 3, 8], [17]]
 ASKED = [
     SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True),
-    SamplingParams(temperature=0.9, seed=3, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=3, max_tokens=7, ignore_eos=True),
     SamplingParams(temperature=1.2, seed=4, top_p=0.8, top_k=12, max_tokens=3, ignore_eos=True),
     SamplingParams(temperature=0.7, seed=5, min_p=0.05, max_tokens=3, ignore_eos=True),
 ]
