@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shoal.engine.begun import Begun
 from shoal.engine.executor import Capacity, Executor, ExecutorFailed
 from shoal.engine.messages import StepPlan, StepResult
-from shoal.engine.worker import Begun, Worker
+from shoal.engine.worker import Worker
 
 
 class InProcessExecutor(Executor):

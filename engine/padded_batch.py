@@ -1,5 +1,5 @@
 """PaddedBatch: the tensors of a GPU's steps of about so many rows and tokens. They keep their place, so that a step on
-them can be a CUDA graph (model/graph_steps.py), and come to the device in one copy.
+them can be a CUDA graph (model/graph_steps.py), and come to the device in one copy, block tables only when one changed.
 
 There are few sizes, so that there are few graphs. In a step of one token per row the rows beyond its own repeat its
 shortest one and write nothing to the cache: what they compute is finite, routes to experts that are read already, and
@@ -93,6 +93,8 @@ class PaddedBatch(DecodeBatch):
             arrays[f"slots {group}"][:count] = blocks * size + positions % size
         if count < len(self.held):
             self.pad(count, int(positions.argmin()))
+        else:
+            self.padded_with = (count, 0)
         return int(positions.max()) + 1
 
     def pad(self, count: int, shortest: int) -> None:

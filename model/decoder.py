@@ -12,6 +12,7 @@ Shapes: T tokens, R rows, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -204,6 +205,7 @@ class Stage:
     ) -> None:
         assert tensor.size == shard.tp_size and tensor.rank == shard.tp_rank, (tensor.rank, tensor.size, shard)
         self.spec, self.shard, self.tensor, self.graph_sizes = spec, shard, tensor, graph_sizes
+        self.graphs: WeakKeyDictionary[KVCache, GraphSteps] = WeakKeyDictionary()
         self.on_layer: Callable[[], None] | None = None
         self.layers = {
             index: DecoderLayer(
@@ -287,9 +289,9 @@ class Stage:
     def whole(self, batch: BatchInput, cache: KVCache) -> WholeStep | GraphSteps | None:
         """All of a short step in one operation, as far as this stage has it; None where it has to be taken apart."""
         if batch.settings is not None and self.graph_sizes is not None:
-            if cache.graphs is None:
-                cache.graphs = GraphSteps(self, *self.graph_sizes)
-            return cache.graphs
+            if cache not in self.graphs:
+                self.graphs[cache] = GraphSteps(self, *self.graph_sizes)
+            return self.graphs[cache]
         if not is_short(batch):
             return None
         if cache.whole is None:

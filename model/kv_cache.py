@@ -6,7 +6,6 @@ values of a layer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -36,8 +35,7 @@ class KVCache:
     num_blocks: per cache group of the spec. dtype: the model's, or float8_e4m3fn; scales: then those of the keys and
     values of some layers, 1 for the others. Contents are undefined until written: nothing may read a slot that no token
     was written to. runs: the stage's layers on this cache in few calls, and whole: those with what is around them in
-    one, none where that cannot be; graphs: steps on this cache as CUDA graphs. The stage makes them when it first needs
-    them.
+    one, none where that cannot be; the stage makes both when it first needs them.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class KVCache:
         self.block_size = block_size
         self.runs: list[FusedLayers] | None = None
         self.whole: list[WholeStep] | None = None
-        self.graphs: Any = None
         self.layers: dict[int, LayerCache] = {}
         for index in range(shard.first_layer, shard.last_layer):
             mixer = spec.layers[index].mixer

@@ -196,6 +196,24 @@ def test_padded_rows_repeat_the_shortest_and_write_nowhere() -> None:
     assert batch.settings.drawn[:2].tolist() == [1, 1]
 
 
+def test_rows_beyond_a_steps_never_keep_the_table_of_one_that_has_gone() -> None:
+    """Padded, then full, then padded as before: the last has the shortest row's blocks again."""
+    state, names = padded(), "abcd"
+    for step, present in enumerate(("abc", "abcd", "abc", "ab")):
+        announced = [new(name, [1] * 9, [10 * names.index(name)] * 4) for name in present] if step == 0 else []
+        announced += [new("d", [1] * 9, [99])] if step == 1 else []
+        rows = [
+            PlanRow(name, step, 1, [], [[]], [99 if name == "d" else 10 * names.index(name)], False) for name in present
+        ]
+        finished = ["d"] if step == 2 else ["c"] if step == 3 else []
+        made = plan(step, rows, new_sequences=announced, finished_ids=finished)
+        state.apply(made, {})
+        batch = state.build(made)
+        assert batch.num_rows == 4
+        for row in range(len(present), 4):
+            assert batch.groups[0].block_table_RB[row, :4].tolist() == [0, 0, 0, 0]
+
+
 def test_mixed_steps_are_padded_from_the_second_of_a_size_on() -> None:
     state = padded()
     for step in range(2):
