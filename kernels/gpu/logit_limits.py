@@ -52,34 +52,119 @@ def chosen_digit(totals, wanted):
     return tl.max(tl.where(totals >= wanted, tl.arange(0, 16), 0), axis=0).to(tl.uint32)
 
 
+@triton.jit
+def entry(sums, number):
+    """One of 16 numbers: [16] -> scalar."""
+    return tl.sum(tl.where(tl.arange(0, 16) == number, sums, 0.0), axis=0)
+
+
+@triton.jit
+def conclude(
+    sums, state_ptr, pattern_ptr, row, top_k, top_p, log_min_p, by_k, shift, BEFORE: tl.constexpr
+):  # fmt: skip
+    """(limit, largest, wanted, pattern) of a row, from what they were and the sums [shards, 16] of the pass before."""
+    if BEFORE == MAXIMUM:
+        largest = tl.max(tl.max(sums, axis=1), axis=0)
+        limit = largest + log_min_p
+        wanted = 0.0
+        pattern = tl.cast(0, tl.uint32)
+    else:
+        limit = tl.load(state_ptr + row * 3)
+        largest = tl.load(state_ptr + row * 3 + 1)
+        wanted = tl.load(state_ptr + row * 3 + 2)
+        pattern = tl.load(pattern_ptr + row).to(tl.uint32, bitcast=True)
+        totals = tl.sum(sums, axis=0)
+        if BEFORE == COUNT:  # noqa: SIM102 -- known when compiled
+            if by_k:
+                pattern += chosen_digit(totals, top_k.to(tl.float32)) << shift.to(tl.uint32)
+                if shift == 0:
+                    limit = tl.maximum(limit, value_of(pattern))
+        if BEFORE == TOTAL:
+            wanted = tl.maximum(top_p * entry(totals, 0), 1e-30)  # the best token is kept, whatever top_p
+            pattern = tl.cast(0, tl.uint32)
+        if BEFORE == MASS:  # noqa: SIM102 -- known when compiled
+            if top_p < 1.0:
+                pattern += chosen_digit(totals, wanted) << shift.to(tl.uint32)
+                if (shift == 0) & (pattern > 0):
+                    limit = value_of(pattern)
+    return limit, largest, wanted, pattern
+
+
+@triton.jit
+def sum_shard(
+    row_ptr, first, vocab_size, temperature, limit, largest, pattern, shift,
+    PASS: tl.constexpr, SHARD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """[16] sums of a shard. MAXIMUM: its largest; TOTAL: the mass at or above limit, TIES: above it, and how many are
+    equal to it; COUNT, MASS: how many tokens, or what mass, at or above each candidate for the next digit.
+    """
+    digits = tl.arange(0, 16)
+    found = tl.zeros((16,), tl.float32)
+    if PASS == MAXIMUM:
+        found += float("-inf")
+    candidates = pattern + (digits.to(tl.uint32) << shift.to(tl.uint32))
+    for start in range(first, first + SHARD, CHUNK):
+        x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
+        inside = columns < vocab_size
+        if PASS == MAXIMUM:
+            found = tl.maximum(found, tl.max(x, axis=0))
+        if (PASS == COUNT) | (PASS == MASS):
+            if PASS == MASS:
+                weight = tl.where(inside & (x >= limit), tl.exp(x - largest), 0.0)
+            else:
+                weight = inside.to(tl.float32)
+            reached = ordered(x)[:, None] >= candidates[None, :]
+            found += tl.sum(tl.where(reached, weight[:, None], 0.0), axis=0)
+        if PASS == TOTAL:
+            found += tl.sum(tl.where(inside & (x >= limit), tl.exp(x - largest), 0.0), axis=0)
+        if PASS == TIES:
+            above = tl.sum(tl.where(x > limit, tl.exp(x - largest), 0.0), axis=0)
+            found += tl.where(digits == 1, tl.sum((inside & (x == limit)).to(tl.float32), axis=0), above)
+    return found
+
+
+@triton.jit
+def store_limits(
+    limit_ptr, last_id_ptr, row, shard, row_ptr, vocab_size, temperature, top_p, limit, largest, wanted, pattern, sums,
+    SHARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The row's results. Without a nucleus, or when all of its ties are kept, every tie is; else the shard that has the
+    last one says which it is.
+    """
+    kept = tl.cast(0, tl.int32)
+    passed = tl.cast(0, tl.int32)
+    all_kept = (top_p >= 1.0) | (pattern == 0)
+    if top_p < 1.0:
+        ties = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 1, sums, 0.0), axis=1).to(tl.int32)
+        above = entry(tl.sum(sums, axis=0), 0)
+        kept = tl.maximum(tl.ceil((wanted - above) / tl.exp(limit - largest)), 1.0).to(tl.int32)
+        passed = tl.sum(tl.where(tl.arange(0, BLOCK) < shard, ties, 0), axis=0)
+        all_kept = all_kept | (kept >= tl.sum(ties, axis=0))
+    if shard == 0:
+        tl.store(limit_ptr + row, limit)
+        if all_kept:
+            tl.store(last_id_ptr + row, tl.cast(vocab_size, tl.int32))
+    if (all_kept == 0) & (passed < kept):
+        last_id = -1
+        for start in range(shard * SHARD, (shard + 1) * SHARD, CHUNK):
+            x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
+            tie = ((columns < vocab_size) & (x == limit)).to(tl.int32)
+            number = tl.cumsum(tie, axis=0) + passed
+            last_id = tl.maximum(last_id, tl.max(tl.where((tie > 0) & (number == kept), columns, -1), axis=0))
+            passed += tl.sum(tie, axis=0)
+        if last_id >= 0:
+            tl.store(last_id_ptr + row, last_id)
+
+
 @triton.jit(do_not_specialize=["shift_before", "shift"])
 def logit_limits_kernel(
-    logits_ptr,
-    limit_ptr,
-    last_id_ptr,
-    sums_in_ptr,
-    sums_ptr,
-    state_in_ptr,
-    state_ptr,
-    pattern_in_ptr,
-    pattern_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    log_min_p_ptr,
-    vocab_size,
-    logits_stride,
-    num_shards,
-    shift_before,
-    shift,
-    BEFORE: tl.constexpr,
-    PASS: tl.constexpr,
-    SHARD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One pass over a shard of a row, once it is concluded what the pass before found. sums: [num_rows, num_shards,
-    16]; state: limit, largest, wanted of each row; pattern: the digits found so far.
+    logits_ptr, limit_ptr, last_id_ptr, sums_in_ptr, sums_ptr, state_in_ptr, state_ptr, pattern_in_ptr, pattern_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, vocab_size, logits_stride, num_shards, shift_before, shift,
+    BEFORE: tl.constexpr, PASS: tl.constexpr, SHARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One pass over a shard of a row, once it is concluded what the pass before found: by every program of the row, of
+    which the first keeps it. sums: [num_rows, num_shards, 16]; state: limit, largest, wanted of each row; pattern: the
+    digits found so far.
     """
     row = tl.program_id(0)
     shard = tl.program_id(1)
@@ -92,114 +177,39 @@ def logit_limits_kernel(
             tl.store(limit_ptr + row, float("-inf"))
             tl.store(last_id_ptr + row, tl.cast(vocab_size, tl.int32))
         return
-
-    # What the pass before found, in every program of the row; the first one keeps it.
+    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
     limit = float("-inf")
     largest = float("-inf")
-    wanted = 0.0
     pattern = tl.cast(0, tl.uint32)
-    kept_ties = tl.cast(0, tl.int32)
-    ties_before = tl.cast(0, tl.int32)
-    ties_all = tl.cast(0, tl.int32)
     if BEFORE != NONE:
-        shards = tl.arange(0, BLOCK)
-        at = (row * num_shards + shards)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        at = (row * num_shards + tl.arange(0, BLOCK))[:, None] * 16 + tl.arange(0, 16)[None, :]
         empty = float("-inf") if BEFORE == MAXIMUM else 0.0
-        sums = tl.load(sums_in_ptr + at, mask=(shards < num_shards)[:, None], other=empty)
-        if BEFORE == MAXIMUM:
-            largest = tl.max(tl.max(sums, axis=1), axis=0)
-            limit = largest + tl.load(log_min_p_ptr + row)
-        else:
-            limit = tl.load(state_in_ptr + row * 3)
-            largest = tl.load(state_in_ptr + row * 3 + 1)
-            wanted = tl.load(state_in_ptr + row * 3 + 2)
-            pattern = tl.load(pattern_in_ptr + row).to(tl.uint32, bitcast=True)
-            totals = tl.sum(sums, axis=0)
-            if BEFORE == COUNT:  # noqa: SIM102 -- known when compiled
-                if by_k:
-                    pattern += chosen_digit(totals, top_k.to(tl.float32)) << shift_before.to(tl.uint32)
-                    if shift_before == 0:
-                        limit = tl.maximum(limit, value_of(pattern))
-            if BEFORE == TOTAL:
-                total = tl.sum(tl.where(tl.arange(0, 16) == 0, totals, 0.0), axis=0)
-                wanted = tl.maximum(top_p * total, 1e-30)  # the best token is kept, whatever top_p
-                pattern = tl.cast(0, tl.uint32)
-            if BEFORE == MASS:  # noqa: SIM102 -- known when compiled
-                if top_p < 1.0:
-                    pattern += chosen_digit(totals, wanted) << shift_before.to(tl.uint32)
-                    if (shift_before == 0) & (pattern > 0):
-                        limit = value_of(pattern)
-            if BEFORE == TIES:  # noqa: SIM102 -- known when compiled
-                if top_p < 1.0:
-                    above = tl.sum(tl.where(tl.arange(0, 16) == 0, totals, 0.0), axis=0)
-                    ties = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 1, sums, 0.0), axis=1).to(tl.int32)
-                    ties_all = tl.sum(ties, axis=0)
-                    ties_before = tl.sum(tl.where(shards < shard, ties, 0), axis=0)
-                    kept_ties = tl.maximum(tl.ceil((wanted - above) / tl.exp(limit - largest)), 1.0).to(tl.int32)
-        if shard == 0:
+        sums = tl.load(sums_in_ptr + at, mask=(tl.arange(0, BLOCK) < num_shards)[:, None], other=empty)
+        limit, largest, wanted, pattern = conclude(
+            sums, state_in_ptr, pattern_in_ptr, row, top_k, top_p, tl.load(log_min_p_ptr + row), by_k, shift_before,
+            BEFORE,
+        )  # fmt: skip
+        if PASS == LAST:
+            store_limits(
+                limit_ptr, last_id_ptr, row, shard, row_ptr, vocab_size, temperature, top_p, limit, largest, wanted,
+                pattern, sums, SHARD, CHUNK, BLOCK,
+            )  # fmt: skip
+        elif shard == 0:
             tl.store(state_ptr + row * 3, limit)
             tl.store(state_ptr + row * 3 + 1, largest)
             tl.store(state_ptr + row * 3 + 2, wanted)
             tl.store(pattern_ptr + row, pattern.to(tl.int32, bitcast=True))
-
-    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
-    first = shard * SHARD
-    sums_at = sums_ptr + (row * num_shards + shard) * 16 + tl.arange(0, 16)
-    found = tl.zeros((16,), tl.float32)
-    digits = tl.arange(0, 16)
-    if PASS == MAXIMUM:
-        top = float("-inf")
-        for start in range(first, first + SHARD, CHUNK):
-            x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-            top = tl.maximum(top, tl.max(x, axis=0))
-        tl.store(sums_at, found + top)
-    if (PASS == COUNT) | (PASS == MASS):
-        wants = by_k if PASS == COUNT else top_p < 1.0
+    if PASS != LAST:
+        wants = top_p < 1.0
+        if PASS == MAXIMUM:
+            wants = True
+        if PASS == COUNT:
+            wants = by_k
         if wants:
-            floor = float("-inf") if PASS == COUNT else limit
-            candidates = pattern + (digits.to(tl.uint32) << shift.to(tl.uint32))
-            for start in range(first, first + SHARD, CHUNK):
-                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                keep = (columns < vocab_size) & (x >= floor)
-                if PASS == MASS:
-                    weight = tl.where(keep, tl.exp(x - largest), 0.0)
-                else:
-                    weight = keep.to(tl.float32)
-                reached = ordered(x)[:, None] >= candidates[None, :]
-                found += tl.sum(tl.where(reached, weight[:, None], 0.0), axis=0)
-            tl.store(sums_at, found)
-    if PASS == TOTAL:  # noqa: SIM102 -- known when compiled
-        if top_p < 1.0:
-            for start in range(first, first + SHARD, CHUNK):
-                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                found += tl.sum(tl.where((columns < vocab_size) & (x >= limit), tl.exp(x - largest), 0.0), axis=0)
-            tl.store(sums_at, found)
-    if PASS == TIES:  # noqa: SIM102 -- known when compiled
-        if top_p < 1.0:
-            ties = 0.0
-            for start in range(first, first + SHARD, CHUNK):
-                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                found += tl.sum(tl.where(x > limit, tl.exp(x - largest), 0.0), axis=0)
-                ties += tl.sum(((columns < vocab_size) & (x == limit)).to(tl.float32), axis=0)
-            tl.store(sums_at, tl.where(digits == 1, ties, found))
-    if PASS == LAST:
-        # Without a nucleus, or when all of its ties are kept, every tie is; else the shard that has the last one says.
-        all_kept = (top_p >= 1.0) | (pattern == 0) | (kept_ties >= ties_all)
-        if shard == 0:
-            tl.store(limit_ptr + row, limit)
-            if all_kept:
-                tl.store(last_id_ptr + row, tl.cast(vocab_size, tl.int32))
-        if (all_kept == 0) & (ties_before < kept_ties):
-            passed = ties_before
-            last_id = -1
-            for start in range(first, first + SHARD, CHUNK):
-                x, columns = load_row(row_ptr, start, vocab_size, temperature, CHUNK)
-                tie = ((columns < vocab_size) & (x == limit)).to(tl.int32)
-                number = tl.cumsum(tie, axis=0) + passed
-                last_id = tl.maximum(last_id, tl.max(tl.where((tie > 0) & (number == kept_ties), columns, -1), axis=0))
-                passed += tl.sum(tie, axis=0)
-            if last_id >= 0:
-                tl.store(last_id_ptr + row, last_id)
+            found = sum_shard(
+                row_ptr, shard * SHARD, vocab_size, temperature, limit, largest, pattern, shift, PASS, SHARD, CHUNK
+            )
+            tl.store(sums_ptr + (row * num_shards + shard) * 16 + tl.arange(0, 16), found)
 
 
 def launch_logit_limits(

@@ -8,6 +8,7 @@ import torch
 
 from shoal.parallel.communicator import CollectiveError
 from shoal.parallel.mesh import make_mesh
+from shoal.parallel.torch_comm import TorchCommunicator
 from tests.parallel.collectives import draw, exercise, expected_sum, long_message, wait_for_files
 from tests.ranks import Ranks, run_ranks
 
@@ -181,3 +182,25 @@ def flood(ranks: Ranks, count: int) -> int:
 
 def test_unreceived_messages_are_bounded_and_none_is_lost():
     assert run_ranks(2, flood, 50) == [0, 0]
+
+
+class Busy:
+    """A device's event that comes after so many looks."""
+
+    def __init__(self, looks: float) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_graph_that_hangs_is_waited_for_within_the_timeout() -> None:
+    """NCCL watches no collective that is part of a CUDA graph."""
+    group = TorchCommunicator("tensor", None, (0, 1), 0, backend="nccl", timeout_s=0.2, deterministic=False)  # type: ignore[arg-type]
+    assert group.capturable
+    group.wait(Busy(3))  # type: ignore[arg-type]
+    with pytest.raises(CollectiveError, match=r"group tensor, rank 0 of 2.*rank 1.*a graph took more than 0.2 s"):
+        group.wait(Busy(float("inf")))  # type: ignore[arg-type]
+    with pytest.raises(CollectiveError, match="unusable after an earlier error"):
+        group.barrier()
