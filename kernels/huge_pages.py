@@ -6,6 +6,7 @@ only, so nothing more is taken from memory than was asked for. Elsewhere it is m
 """
 
 import ctypes
+import mmap
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.
     size = dtype.itemsize * torch.Size(shape).numel()
     if torch.device(device).type != "cpu" or size < PAGE or sys.platform != "linux":
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    memory = torch.frombuffer(mmap.mmap(-1, size + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE
     _advise(memory.data_ptr() + start, size // PAGE * PAGE, _MADV_HUGEPAGE)  # advice: may be refused
     return memory[start : start + size].view(dtype).view(shape)

@@ -95,6 +95,7 @@ INLINE void attend_pairs(const Attention *a, Scratch *s, int type, const Tile *t
     const int many = type == F16 || count > MAX_ROWS || (PAIRED(type) && a->head_dim % CHUNK(type));
     const Loops loops = choose_loops(type, many);
     turn_keys(a, s, type, many, t->first, t->stop);
+    call_for_rest(a, s, type, t->first, t->stop);
     if (PAIRED(type) && many) spread_pairs(a, s, t->first, t->stop);
     else if (type != F32 && many) widen_values(a, s, type, t->first, t->stop);
     for (int64_t m = pair, rows = 0, end = pair + count; m < end; m += rows) {

@@ -132,8 +132,8 @@ INLINE void turn_group(const Attention *a, const Scratch *s, int type, int many,
             if (!there) rows[i] = splat(0.0f);
             else if (PAIRED(type) || TURNS_PAIRS(type)) rows[i] = (vf)load_pairs(key, dim - d);
             else rows[i] = dim - d >= LANES ? load(key, type) : load_part(key, type, dim - d);
-            __builtin_prefetch(s->ahead[j] + d * size);
-            if (many) __builtin_prefetch(s->ahead[j] + (a->v_cache - a->k_cache) + d * size);
+            call_for(s->ahead[j] + d * size);
+            if (many) call_for(s->ahead[j] + (a->v_cache - a->k_cache) + d * size);
         }
         transpose(rows);
         vf *out = (vf *)(s->turned + (PAIRED(type) ? d / 2 : d) * TILE + group);
@@ -152,6 +152,13 @@ INLINE void turn_keys(const Attention *a, const Scratch *s, int type, int many, 
     for (int group = first / LANES * LANES; group < stop; group += LANES)
         if (group >= first && group + LANES <= stop) turn_group(a, s, type, many, group, first, stop, 1);
         else turn_group(a, s, type, many, group, first, stop, 0);
+}
+
+/* What is not called for beside keys, where a tile has fewer than TILE. */
+INLINE void call_for_rest(const Attention *a, const Scratch *s, int type, int first, int stop) {
+    const int64_t head = a->head_dim * element_size(type), values = a->v_cache - a->k_cache;
+    for (int j = 0; j < TILE; j++)
+        for (int64_t d = 0; d < head && (j < first || j >= stop); d += 64) call_for(s->ahead[j] + d), call_for(s->ahead[j] + values + d);
 }
 
 /* Values [first, stop) of the tile in float32; s->values then point there. */
@@ -272,7 +279,7 @@ INLINE void add_floats(const Attention *a, const Scratch *s, int type, int many,
         vf v[4];
         for (int i = 0; i < count; i++) {
             v[i] = part ? load_part(value, type, part) : load(value + i * LANES * size, type);
-            if (!many) __builtin_prefetch(s->ahead[j] + (a->v_cache - a->k_cache) + (c + i) * LANES * size);
+            if (!many) call_for(s->ahead[j] + (a->v_cache - a->k_cache) + (c + i) * LANES * size);
         }
         for (int r = 0; r < rows; r++) ADD_PRODUCTS(sums[r], weights[r * TILE + j], v, count);
     }
@@ -292,7 +299,7 @@ INLINE void add_pair(const Attention *a, const Scratch *s, int many, int rows, c
             v[i] = pairs[0] & seen, v[i + 1] = pairs[1] & seen;
         } else {
             pair_values(a, s, j, (c + i) * LANES, first, stop, v + i);
-            for (int k = j; k < j + 2; k++) __builtin_prefetch(s->ahead[k] + (a->v_cache - a->k_cache) + (c + i) * LANES * 2);
+            for (int k = j; k < j + 2; k++) call_for(s->ahead[k] + (a->v_cache - a->k_cache) + (c + i) * LANES * 2);
         }
     }
     for (int r = 0; r < rows; r++) {

@@ -18,8 +18,10 @@
 #define ROWS 96    /* of a block of x */
 #define WIDTH 528  /* floats there is room for in ROWS widened rows: 200 KB in the second-level cache */
 #define SPARE 16   /* floats between widened rows: they lie in different sets of the cache */
-#define AHEAD 8192 /* bytes: what is read so far ahead has come from memory when it is needed */
-#define PANELS 16  /* most panels of a task */
+#define AHEAD 8192 /* bytes: what is called for so far ahead has come from memory when it is needed */
+#define PAGE 4096  /* bytes: where the processor stops to call for what it will need by itself */
+#define FEW_ROWS 6 /* up to here memory is the limit */
+#define PANELS 16  /* most panels taken at once */
 
 #ifdef __AVX512F__
 #define TILE_ROWS 12 /* sums of 12 rows by two vectors, of 32 registers */
@@ -28,9 +30,6 @@
 #endif
 
 typedef uint32_t pair_unaligned __attribute__((aligned(2), may_alias));
-
-/* count / by, rounded up. */
-INLINE int64_t ceil_div(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
 /* Of a weight in memory: whole pairs, or whole tiles. */
 INLINE int64_t positions(int type, int64_t inner) {
@@ -73,12 +72,16 @@ INLINE void multiply_position(int type, const char *const *three, int64_t x_step
 }
 
 /* sums[r][0..31] (+)= x_r . panel over `count` positions, of m rows x_step bytes apart; half a panel after the other where there are not
- * registers enough. Meanwhile `calls` lines of the cache are called for from `next` on, for every two lines of the panel. m, type and calls
- * are constants here. */
+ * registers enough. Meanwhile `calls` lines of the cache are called for from `next` on, for every two lines of the panel; for few rows only
+ * the first ones of a page, after which the processor goes on by itself. m, type and calls are constants here. */
 INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, const char *next,
                  int calls, int m) {
     const int width = m * VECTORS > 2 * TILE_ROWS ? VECTORS / 2 : VECTORS, each = type == BF16 ? 2 : 1; /* positions at once */
     const int64_t size = each * element_size(type), lines = calls * size / 4;
+    const int begins = calls == 2 && m <= FEW_ROWS;
+    const char *page = next + -(uintptr_t)next % PAGE, *const last = next + count * PANEL * element_size(type);
+    for (; begins && page < last; page += PAGE)
+        for (int i = 0; i < 4; i++) call_for(page + i * 64);
     for (int part = 0; part < VECTORS; part += width) {
         vf acc[TILE_ROWS][VECTORS];
         const char *three[(TILE_ROWS + 2) / 3], *from = panel + part * LANES * size;
@@ -86,7 +89,7 @@ INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int
             for (int v = 0; v < width; v++) acc[r][v] = (vf){};
         for (int i = 0; 3 * i < m; i++) three[i] = x + 3 * i * x_step;
         for (const char *end = panel + count / each * PANEL * size; from < end; from += PANEL * size) {
-            for (int i = 0; i < lines && part == 0; i++, next += 64) __builtin_prefetch(next);
+            for (int i = 0; i < lines && part == 0 && !begins; i++, next += 64) call_for(next);
             multiply_position(type, three, x_step, from, m, width, acc);
             for (int i = 0; 3 * i < m; i++) three[i] += each * position_size(type);
         }
@@ -98,13 +101,13 @@ INLINE void tile(int type, const char *x, int64_t x_step, const char *panel, int
     }
 }
 
-/* All rows of a block with a block of one panel, in tiles as equal as they can be. One tile waits for memory and calls for what it needs
- * soon; of several, the first two call for the next block, which then comes while the others compute. */
+/* All rows of a block with a block of one panel, in tiles as equal as they can be. One tile calls for what it needs soon; of several, the
+ * first two call for the next block, which then comes while the others compute. */
 INLINE void strip(int type, const char *x, int64_t x_step, const char *panel, int64_t count, int first, float *sums, int64_t rows) {
     const int64_t tiles = ceil_div(rows, TILE_ROWS), bytes = count * PANEL * element_size(type);
     for (int64_t i = 0, row = 0; i < tiles; i++) {
         const int64_t m = (rows - row) / (tiles - i);
-        const char *from = x + row * x_step, *next = tiles == 1 ? panel + AHEAD : panel + bytes + i * bytes / 2;
+        const char *from = x + row * x_step, *next = tiles == 1 && rows > FEW_ROWS ? panel + AHEAD : panel + bytes + i * bytes / 2;
         float *to = sums + row * PANEL;
 #define TILE(M, CALLS) case M: tile(type, from, x_step, panel, count, first, to, next, CALLS, M); break;
 #if TILE_ROWS == 12
@@ -206,7 +209,7 @@ static void block_f16(const Weight *w, const Rows *p, int64_t row, int64_t rows,
     block(F16, w, p, row, rows, panel, panels, s);
 }
 
-/* Tasks are taken as threads come, all panels for a block of rows, which then is in the cache. */
+/* Panels are taken as threads come, all for a block of rows, which then is in the cache. */
 void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads) {
     static _Thread_local Scratch scratch;
     if (p->rows == 0 || w->columns == 0) return;
@@ -214,14 +217,10 @@ void multiply_packed(const Weight *w, const Rows *p, int64_t *next, int threads)
         w->type == F32 ? block_f32 : w->type == BF16 ? block_bf16 : block_f16;
     const int64_t most = w->type == BF16 ? rows_of_bf16(w->inner) : ROWS, tile = w->type == BF16 ? TILE_OF_BF16 : TILE_ROWS;
     const int64_t row_blocks = ceil_div(p->rows, most), rows = ceil_div(ceil_div(p->rows, row_blocks), tile) * tile; /* as equal as can be */
-    const int64_t all = ceil_div(w->columns, PANEL);
-    int64_t panels = all / (threads * 4);
-    panels = panels < 1 ? 1 : panels > PANELS ? PANELS : panels;
-    const int64_t groups = ceil_div(all, panels);
-    for (;;) {
-        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), row = i / groups * rows, panel = i % groups * panels;
-        if (row >= p->rows) break;
-        compute(w, p, row, p->rows - row < rows ? p->rows - row : rows, panel, all - panel < panels ? all - panel : panels, &scratch);
+    const int64_t all = ceil_div(w->columns, PANEL), blocks = ceil_div(p->rows, rows);
+    for (int64_t first, panels; (panels = take(next, blocks * all, all, PANELS, threads, &first));) {
+        const int64_t row = first / all * rows;
+        compute(w, p, row, p->rows - row < rows ? p->rows - row : rows, first % all, panels, &scratch);
     }
 }
 

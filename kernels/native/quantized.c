@@ -14,15 +14,17 @@
 #define GROUP 32
 #define BLOCK 16 /* columns whose codes are interleaved, four inputs of each in turn */
 #define ROWS 96  /* rows of x, rounded, that stay in the second-level cache */
-#define AHEAD 8192 /* bytes: what is read so far ahead has come from memory when it is needed */
-#define BLOCKS 16 /* most column blocks of a task */
+#define AHEAD 8192 /* bytes: what is called for so far ahead has come from memory when it is needed */
+#define PAGE 4096  /* bytes: where the processor stops to call for what it will need by itself */
+#define BLOCKS 32 /* most column blocks taken at once, */
+#define UNIT 4    /* in fours, as many as tiles take */
 #define PIECES (BLOCK / LANES)
 
 /* Rows and blocks of the tiles: as many sums, of integers and of floats, as there are registers for. */
 #if LANES == 16
-enum { MOST_ROWS = 6, MOST_BLOCKS = 2, FEW_ROWS = 2, WIDE = 4 };
+enum { MOST_ROWS = 6, MOST_BLOCKS = 2 };
 #else
-enum { MOST_ROWS = 2, MOST_BLOCKS = 1, FEW_ROWS = 1, WIDE = 2 }; /* WIDE: blocks of a tile of few rows */
+enum { MOST_ROWS = 2, MOST_BLOCKS = 1 };
 #endif
 
 /* Some rows of x, rounded. */
@@ -84,24 +86,28 @@ INLINE int32_t four_inputs(const int8_t *x) {
     return four;
 }
 
-/* m rows from `row` of x on, which is `first` of y, times n blocks of columns from `block` on. Unless n is WIDE, half as many lines of the
- * cache as the codes take are called for meanwhile, from `next` on, `line` bytes apart. bits, m, n are constants here. */
+/* m rows from `row` of x on, which is `first` of y, times n blocks of columns from `block` on. Meanwhile `calls` lines are called for into the
+ * second-level cache, from `next` on, for every two lines of the codes; for one row only the first ones of a page, after which the processor
+ * goes on by itself. bits, calls, m, n are constants here. */
 INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int64_t row, int64_t first, int64_t block, const uint8_t *next,
-                 int64_t line, int m, int n) {
+                 int calls, int m, int n) {
     const int64_t groups = x->groups, group_bytes = BLOCK * GROUP * bits / 8, block_bytes = groups * group_bytes;
     const uint8_t *codes = (const uint8_t *)w->data + block * block_bytes;
     const uint16_t *scales = (const uint16_t *)w->scales + block * groups * BLOCK;
-    vf sums[MOST_ROWS][WIDE][PIECES];
+    vf sums[MOST_ROWS][MOST_BLOCKS][PIECES];
     for (int r = 0; r < m; r++)
         for (int c = 0; c < n; c++)
             for (int h = 0; h < PIECES; h++) sums[r][c][h] = (vf){};
-    for (int64_t g = 0; g < groups; g++) {
-        vi dots[MOST_ROWS][WIDE][PIECES];
+    const int begins = calls == 2 && m == 1;
+    for (int64_t g = 0; g < groups; g++, next += begins ? group_bytes : 0) {
+        if (begins && (uintptr_t)next % PAGE < (uintptr_t)group_bytes)
+            for (int i = 0; i < 8; i++) call_for(next + i * 64);
+        vi dots[MOST_ROWS][MOST_BLOCKS][PIECES];
         for (int r = 0; r < m; r++)
             for (int c = 0; c < n; c++)
                 for (int h = 0; h < PIECES; h++) dots[r][c][h] = (vi){} + (SUMS_HALVES(bits) ? 0 : x->starts[(row + r) * groups + g]);
         for (int i = 0; i < GROUP; i += 8) {
-            vu low[WIDE][PIECES], high[WIDE][PIECES];
+            vu low[MOST_BLOCKS][PIECES], high[MOST_BLOCKS][PIECES];
             for (int c = 0; c < n; c++)
                 for (int h = 0; h < PIECES; h++) {
                     const uint8_t *from = codes + c * block_bytes + g * group_bytes + i / 8 * (BLOCK * bits) + h * 4 * LANES;
@@ -109,7 +115,7 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
                     if (bits == 8) high[c][h] = load_bytes(from + 4 * BLOCK);
                     else high[c][h] = (low[c][h] >> 4) & 0x0f0f0f0f, low[c][h] &= 0x0f0f0f0f;
                 }
-            for (int c = 0; c < BLOCK * bits * MOST_BLOCKS / 128 && n != WIDE; c++, next += line) __builtin_prefetch(next);
+            for (int c = 0; c < calls * n * BLOCK * bits / 128 && !begins; c++, next += 64) call_for(next);
             for (int r = 0; r < m; r++) {
                 const int8_t *inputs = x->codes + ((row + r) * groups + g) * GROUP + i;
                 for (int c = 0; c < n; c++)
@@ -145,24 +151,23 @@ INLINE void tile(int bits, const Weight *w, const Rows *p, const Rounded *x, int
 }
 
 /* `rows` rows of x, the first of which is `first` of y, times blocks of columns [block, last): blocks after blocks, all rows with each, in
- * tiles as equal as they can be. One tile waits for memory and calls for what it needs soon, every other line; of several, the first two
- * call for the next blocks, which then come while the others compute. */
+ * tiles as equal as they can be. One tile waits for memory, which is read fastest block by block; of several, the first two call for the next
+ * blocks, which then come while the others compute. */
 INLINE void task(int bits, const Weight *w, const Rows *p, const Rounded *x, int64_t rows, int64_t first, int64_t block, int64_t last) {
-    const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, bytes = x->groups * BLOCK * GROUP * bits / 8;
-    const int64_t many = rows <= FEW_ROWS ? WIDE : MOST_BLOCKS;
+    const int64_t tiles = ceil_div(rows, MOST_ROWS), bytes = x->groups * BLOCK * GROUP * bits / 8;
     for (int64_t c = block, n; c < last; c += n) {
-        n = last - c < many ? 1 : many;
+        n = tiles == 1 || last - c < MOST_BLOCKS ? 1 : MOST_BLOCKS;
         const uint8_t *codes = (const uint8_t *)w->data + c * bytes;
         for (int64_t i = 0, row = 0, m; i < tiles; i++, row += m) {
-            const int64_t line = tiles == 1 ? 128 : i < 2 ? 64 : 0;
-            const uint8_t *next = tiles == 1 ? codes + AHEAD : codes + n * bytes + (i == 1 ? n * bytes / 2 : 0);
+            const uint8_t *next = tiles == 1 ? codes + AHEAD : codes + n * bytes + i * n * bytes / 2;
             m = (rows - row) / (tiles - i);
-#define TILE(M, N) tile(bits, w, p, x, row, first + row, c, next, line, M, N)
-#define TILES(M)                                            \
-    case M:                                                 \
-        if (n == MOST_BLOCKS) TILE(M, MOST_BLOCKS);         \
-        else if (M <= FEW_ROWS && n == WIDE) TILE(M, WIDE); \
-        else TILE(M, 1);                                    \
+#define TILE(M, N, CALLS) tile(bits, w, p, x, row, first + row, c, next, CALLS, M, N)
+#define TILES(M)                                         \
+    case M:                                              \
+        if (tiles == 1) TILE(M, 1, 2);                   \
+        else if (n == 1) TILE(M, 1, 0);                  \
+        else if (i < 2) TILE(M, MOST_BLOCKS, 1);         \
+        else TILE(M, MOST_BLOCKS, 0);                    \
         break;
             switch (m) {
                 TILES(1) TILES(2)
@@ -233,25 +238,21 @@ static Rounded rounded(int64_t parts, int64_t groups) {
     return (Rounded){(int8_t *)memory, scales, (int32_t *)(scales + parts), groups};
 }
 
-/* Tasks are taken as threads come, all columns of a block of rows before the next one's. */
+/* Columns are taken as threads come, all of a block of rows before the next one's. */
 void multiply_quantized(const Weight *w, const Rows *p, int64_t *next, int threads) {
     const int zero = w->kind == QUANTIZED_8 ? 128 : 8;
-    const int64_t groups = (w->lead + w->inner + GROUP - 1) / GROUP, all = (w->columns + BLOCK - 1) / BLOCK;
-    int64_t blocks = all / (threads * 4) / 4 * 4;
-    blocks = blocks < 4 ? 4 : blocks > BLOCKS ? BLOCKS : blocks;
-    const int64_t each = (all + blocks - 1) / blocks, tasks = (p->rows + ROWS - 1) / ROWS * each;
+    const int64_t groups = ceil_div(w->lead + w->inner, GROUP), all = ceil_div(w->columns, BLOCK), units = ceil_div(all, UNIT);
     const Rounded x = rounded((p->rows < ROWS ? p->rows : ROWS) * groups, groups);
     int64_t held = -1;
-    for (;;) {
-        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        if (i >= tasks) break;
-        const int64_t first = i / each * ROWS, rows = p->rows - first < ROWS ? p->rows - first : ROWS, block = i % each * blocks;
+    for (int64_t unit, count; (count = take(next, ceil_div(p->rows, ROWS) * units, units, BLOCKS / UNIT, threads, &unit));) {
+        const int64_t first = unit / units * ROWS, rows = p->rows - first < ROWS ? p->rows - first : ROWS;
+        const int64_t block = unit % units * UNIT, last = block + count * UNIT;
         if (held != first) {
             if (w->type == F32) round_rows(F32, p, first, rows, w->inner, w->lead, zero, &x);
             else if (w->type == BF16) round_rows(BF16, p, first, rows, w->inner, w->lead, zero, &x);
             else round_rows(F16, p, first, rows, w->inner, w->lead, zero, &x);
             held = first;
         }
-        (w->kind == QUANTIZED_8 ? task_8 : task_4)(w, p, &x, rows, first, block, all - block < blocks ? all : block + blocks);
+        (w->kind == QUANTIZED_8 ? task_8 : task_4)(w, p, &x, rows, first, block, all < last ? all : last);
     }
 }

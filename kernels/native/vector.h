@@ -48,6 +48,9 @@ typedef uint16_t vh_unaligned __attribute__((vector_size(2 * LANES), aligned(2),
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 
+/* A line is called for into the second-level cache: the way into the first one has room for few at a time, which what is read now needs. */
+INLINE void call_for(const void *line) { __builtin_prefetch(line, 0, 2); }
+
 INLINE int64_t element_size(int type) { return type == F32 ? 4 : 2; }
 
 INLINE vf splat(float x) {

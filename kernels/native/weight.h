@@ -37,4 +37,22 @@ void shoal_multiply(const Weight *weight, const void *x, int64_t x_stride, const
                     int threads);
 void shoal_unpack_rows(const Weight *w, const int64_t *ids, int64_t count, void *out, int threads);
 
+/* count / by, rounded up. */
+static inline int64_t ceil_div(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+/* A part of what is left to the threads of a team, smaller and smaller: memory is read from end to end for long, and all are done at once.
+ * next: how much of `all` is taken; a part lies within one of the runs of `run` that all consists of, and is `most` at most. Returns its
+ * size and where it begins; 0: nothing is left. */
+static inline int64_t take(int64_t *next, int64_t all, int64_t run, int64_t most, int threads, int64_t *first) {
+    int64_t size, from = __atomic_load_n(next, __ATOMIC_RELAXED);
+    do {
+        if (from >= all) return 0;
+        const int64_t share = ceil_div(all - from, 2 * (int64_t)threads), left = run - from % run;
+        size = share < most ? share : most;
+        size = size < left ? size : left;
+    } while (!__atomic_compare_exchange_n(next, &from, from + size, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    *first = from;
+    return size;
+}
+
 #endif
