@@ -20,7 +20,7 @@
 #define SPARE 16   /* floats between widened rows: they lie in different sets of the cache */
 #define AHEAD 8192 /* bytes: what is called for so far ahead has come from memory when it is needed */
 #define PAGE 4096  /* bytes: where the processor stops to call for what it will need by itself */
-#define FEW_ROWS 6 /* up to here memory is the limit */
+#define FEW_ROWS (MULTIPLIES_PAIRS ? 6 : LANES / 8 + 1) /* up to here memory is the limit */
 #define PANELS 16  /* most panels taken at once */
 
 #ifdef __AVX512F__
