@@ -18,6 +18,9 @@ process (not for llama.cpp, whose programs do not tell loading from running). Wo
     batch    32 requests, 64 to 256 in, 32 to 96 out
     prompt   4 prompts of 1,024 (or what the context holds), 1 token out: limited by the GEMM rate
     shared   24 requests that share 512 tokens, 32 more of their own, 32 out
+
+The limit of decode, how fast memory is read, and that of prompt, the rate of a matrix product, are measured in every
+round beside the engines, and their medians count: on a shared machine both change from minute to minute.
 """
 
 import argparse
@@ -34,11 +37,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from shoal.configs.model_path import resolve_model_path
-from shoal.launcher.machine import MachineLimits, measure_limits
+from shoal.launcher.machine import gemm_rate, read_bandwidth
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peer_llama_cpp import LlamaCpp
@@ -152,6 +154,7 @@ def workloads(config: dict[str, Any], seed: int) -> dict[str, list[dict[str, Any
 
 
 Rates = dict[str, dict[str, list[float]]]  # workload -> engine -> tokens per second of every round
+Limits = dict[str, list[float]]  # workload -> bytes or FLOP per second of every round
 
 
 def measure(
@@ -159,15 +162,17 @@ def measure(
     model: Path,
     engines: list[Engine],
     llama: LlamaCpp | None,
-    save: Callable[[Rates, Rates], None],
-) -> tuple[Rates, Rates]:
-    """Prompt tokens per second for `prompt`, output tokens otherwise; the same per second of processor time.
+    save: Callable[[Rates, Rates, Limits], None],
+) -> tuple[Rates, Rates, Limits]:
+    """Prompt tokens per second for `prompt`, output tokens otherwise; the same per second of processor time; and the
+    machine's limits.
 
-    save: called with both after every workload.
+    save: called with all three after every workload.
     """
     config = json.loads((model / "config.json").read_text())
     found: Rates = {}
     by_processor: Rates = {}
+    limits: Limits = {}
     for name, requests in workloads(config, args.seed).items():
         if args.workloads and name not in args.workloads:
             continue
@@ -175,6 +180,8 @@ def measure(
         for engine in engines:
             engine.run([{**r, "ids": r["ids"][::-1], "max_tokens": min(r["max_tokens"], 2)} for r in requests[:2]])
         for _ in range(args.rounds):
+            if name in LIMITS:
+                limits.setdefault(name, []).append(LIMITS[name](torch.device(args.device), getattr(torch, args.dtype)))
             for engine in engines:
                 answer = engine.run(requests)
                 tokens = sum(len(r["ids"]) for r in requests) if name == "prompt" else answer["output_tokens"]
@@ -186,19 +193,31 @@ def measure(
         for what, which in (("second", rates), ("processor second", cpu_rates)):
             line = "  ".join(f"{engine} {statistics.median(values):.1f}" for engine, values in which.items())
             print(f"{name:8} tokens per {what}: {line}", flush=True)
-        save(found, by_processor)
-    return found, by_processor
+        save(found, by_processor, limits)
+    return found, by_processor, limits
 
 
-def limit_of(workload: str, weights: int, head: int, itemsize: int, limits: MachineLimits) -> float | None:
+def best_gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The higher one of float32 and `dtype`: bfloat16 is multiplied as float32 where the processor has no instruction
+    for it.
+    """
+    best = max(gemm_rate(device, one) for one in {torch.float32, dtype})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the engines
+    return best
+
+
+LIMITS = {"decode": lambda device, _: read_bandwidth(device), "prompt": best_gemm_rate}
+
+
+def limit_of(workload: str, weights: int, head: int, itemsize: int, limits: Limits) -> float | None:
     """Tokens per second the machine allows where one limit rules: bandwidth for decode, GEMM rate for prompts, whose
     tokens need no head but for the last. weights: all that a token touches, head included.
     """
-    if workload == "decode":
-        return limits.read_bytes_per_s / (weights * itemsize)
-    if workload == "prompt":
-        return limits.gemm_flops_per_s / (2 * (weights - head))
-    return None
+    if workload not in limits:
+        return None
+    each = weights * itemsize if workload == "decode" else 2 * (weights - head)
+    return statistics.median(limits[workload]) / each
 
 
 def table(found: dict[str, dict[str, list[float]]], limits: dict[str, float | None]) -> str:
@@ -298,50 +317,32 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
     return engines
 
 
-def machine_limits(device: str, dtype: torch.dtype) -> MachineLimits:
-    """The higher GEMM rate of float32 and `dtype`: bfloat16 is multiplied as float32 where the processor has no
-    instruction for it.
-    """
-    measured = [measure_limits(torch.device(device), one) for one in {torch.float32, dtype}]
-    if device == "cuda":
-        torch.cuda.empty_cache()  # for the engines
-    return max(measured, key=lambda limits: limits.gemm_flops_per_s)
-
-
 def compare(args: argparse.Namespace, model: Path) -> None:
-    """Run the comparison on a checkpoint; print the table, write JSON and picture. The machine's limits are measured
-    before and after; the higher ones count.
-    """
-    dtype = getattr(torch, args.dtype)
-    limits = machine_limits(args.device, dtype)
+    """Run the comparison on a checkpoint; print the table, write JSON and picture."""
     engines, llama = start_engines(args, model), None
     place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     title = f"{args.model or args.shape}, {args.dtype}, {place}"
     ready = {engine.name: engine.ready_s for engine in engines}
 
-    def save(found: Rates, by_processor: Rates) -> None:
+    def save(found: Rates, by_processor: Rates, limits: Limits) -> None:
         if args.json:
-            payload = {"title": title, "limits": msgspec.to_builtins(limits), "ready_s": ready, "tokens_per_s": found}
-            payload["tokens_per_processor_s"] = by_processor
+            read, gemm = limits.get("decode", []), limits.get("prompt", [])
+            payload = {"title": title, "limits": {"read_bytes_per_s": read, "gemm_flops_per_s": gemm}, "ready_s": ready}
+            payload |= {"tokens_per_s": found, "tokens_per_processor_s": by_processor}
             Path(args.json).write_text(json.dumps(payload, indent=1) + "\n")
 
     try:
         if args.llama_cpp:
             llama = LlamaCpp(args.llama_cpp, model, args.gguf_python, args.threads)
-        found, by_processor = measure(args, model, engines, llama, save)
+        found, by_processor, limits = measure(args, model, engines, llama, save)
     finally:
         for engine in [*engines, *([llama] if llama else [])]:
             engine.close()
-    later = machine_limits(args.device, dtype)
-    limits = msgspec.structs.replace(
-        limits,
-        read_bytes_per_s=max(limits.read_bytes_per_s, later.read_bytes_per_s),
-        gemm_flops_per_s=max(limits.gemm_flops_per_s, later.gemm_flops_per_s),
-    )
-    save(found, by_processor)
     itemsize = 4 if args.dtype == "float32" else 2
     bounds = {name: limit_of(name, *touched_weights(model), itemsize, limits) for name in found}
-    print(f"\n{title}; limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s, {limits.gemm_flops_per_s / 1e9:.0f} GFLOP/s\n")
+    units = {"decode": "GB/s", "prompt": "GFLOP/s"}
+    words = [f"{statistics.median(rates) / 1e9:.1f} {units[name]}" for name, rates in limits.items()]
+    print(f"\n{title}; limits: {', '.join(words) or 'none'}\n")
     print(table(found, bounds))
     print("\nper second of processor time:\n\n" + table(by_processor, {}))
     if args.plot:
