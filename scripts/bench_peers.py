@@ -29,6 +29,7 @@ import math
 import os
 import random
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
 
 
 class Engine:
-    """A loaded engine in a child process."""
+    """A loaded engine in a child process, stopped while others run: it may have threads that look for work."""
 
     def __init__(self, name: str, python: str, model: Path, dtype: str, device: str, threads: int) -> None:
         self.name = name
@@ -91,13 +92,17 @@ class Engine:
     def run(self, requests: list[dict[str, Any]]) -> dict[str, float]:
         """Run one workload."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"requests": requests}) + "\n")
         self.process.stdin.flush()
-        return self.reply()
+        answer = self.reply()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(10)
@@ -313,6 +318,8 @@ def start_engines(args: argparse.Namespace, model: Path) -> list[Engine]:
         for engine in engines:
             engine.close()
         raise
+    for engine in engines:
+        engine.process.send_signal(signal.SIGSTOP)
     print("ready:   " + "  ".join(f"{engine.name} {engine.ready_s:.1f} s" for engine in engines), flush=True)
     return engines
 
