@@ -2,7 +2,8 @@
 times fewer pages reads weights 5 to 10 % faster.
 
 Asked for with madvise (Linux; /sys/kernel/mm/transparent_hugepage/enabled says `madvise` or `always`), for whole pages
-only, so nothing more is taken from memory than was asked for. Elsewhere it is memory as any other.
+only, so nothing more is taken from memory than was asked for; and mapped anew, since memory that something else had
+before keeps its small pages. Elsewhere it is memory as any other.
 """
 
 import ctypes
@@ -15,9 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 PAGE = 1 << 21
-PAUSE_S = (
-    0.005  # between pages that are touched ahead: one takes a virtual machine up to 5 ms, in which a step may wait
-)
+PAUSE_S = 0.005  # between pages touched ahead: one takes a virtual machine up to 5 ms, in which a step may wait
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 
 

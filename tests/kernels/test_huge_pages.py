@@ -19,6 +19,23 @@ def test_tensors_hold_what_is_put_in(dtype: torch.dtype, shape: tuple[int, ...])
     assert torch.equal(made.view(torch.uint8), values.view(torch.uint8))
 
 
+def test_memory_is_new_not_what_was_used_before_in_small_pages() -> None:
+    def present(tensor: torch.Tensor) -> int:
+        with open("/proc/self/pagemap", "rb") as entries:  # eight bytes a page of 4 KiB, the highest bit: it is there
+            entries.seek(tensor.data_ptr() // 4096 * 8)
+            return sum(byte >> 7 for byte in entries.read(tensor.nbytes // 4096 * 8)[7::8])
+
+    used = [torch.full((5 * PAGE,), 1, dtype=torch.uint8) for _ in range(4)]
+    try:
+        assert present(used[0]) > 0
+    except OSError:
+        pytest.skip("this system does not tell which pages are there")
+    while used:  # what malloc is given back, it keeps
+        used.pop()
+    kept = [empty_in_huge_pages((2 * PAGE,), torch.uint8) for _ in range(4)]
+    assert [present(made) for made in kept] == [0] * 4
+
+
 def test_touching_ahead_changes_nothing_waits_for_idle_times_and_ends() -> None:
     tensors = [empty_in_huge_pages((3 * PAGE + 5,), torch.uint8).fill_(value) for value in (7, 9)]
     small = [torch.full((100,), 3, dtype=torch.uint8)]
