@@ -9,9 +9,9 @@ limits.
 Engines: shoal (shoal-eager: without CUDA graphs), transformers (static left-padded batches), transformers-cb
 (continuous batching with explicit sizes); vLLM when the interpreter given as --vllm-python has it; llama.cpp when the
 folder of its programs is given and an interpreter with the gguf package (see peer_llama_cpp.py).
-Each engine is a process of its own that stays loaded and is warmed up with two short requests; in every round each of
-them runs the workload once, in turn, and the medians are compared. On a machine that others use as well, tokens per
-second of processor time say more than those per second: both are printed and written, the former from the engine's own
+Each engine is a process of its own that stays loaded, is stopped while others run (it may have threads that look for
+work) and is warmed up with two short requests; in every round each of them runs the workload once, in turn, and
+the medians are compared. On a machine that others use as well, tokens per second of processor time say more than those per second: both are printed and written, the former from the engine's own
 process (not for llama.cpp, whose programs do not tell loading from running). Workloads:
 
     decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
@@ -60,7 +60,7 @@ ENGINE_SCRIPT = Path(__file__).with_name("peer_engines.py")
 
 
 class Engine:
-    """A loaded engine in a child process, stopped while others run: it may have threads that look for work."""
+    """A loaded engine in a child process, stopped while others run."""
 
     def __init__(self, name: str, python: str, model: Path, dtype: str, device: str, threads: int) -> None:
         self.name = name
@@ -187,6 +187,8 @@ def measure(
         for _ in range(args.rounds):
             if name in LIMITS:
                 limits.setdefault(name, []).append(LIMITS[name](torch.device(args.device), getattr(torch, args.dtype)))
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()  # for the engines
             for engine in engines:
                 answer = engine.run(requests)
                 tokens = sum(len(r["ids"]) for r in requests) if name == "prompt" else answer["output_tokens"]
@@ -206,10 +208,7 @@ def best_gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """The higher one of float32 and `dtype`: bfloat16 is multiplied as float32 where the processor has no instruction
     for it.
     """
-    best = max(gemm_rate(device, one) for one in {torch.float32, dtype})
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the engines
-    return best
+    return max(gemm_rate(device, one) for one in {torch.float32, dtype})
 
 
 LIMITS = {"decode": lambda device, _: read_bandwidth(device), "prompt": best_gemm_rate}
@@ -359,6 +358,7 @@ def compare(args: argparse.Namespace, model: Path) -> None:
 def main() -> int:
     """Make or find the model, compare."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # engines are stopped: they must be ended
     torch.set_num_threads(args.threads)
     os.environ.pop("GOMP_SPINCOUNT", None)  # importing shoal set it; its engine does so again, the peers have their own
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:

@@ -8,14 +8,17 @@ The first line it writes is {"ready_s": ...}: seconds from start to ready.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
 GPU_CACHE_BYTES = 8 << 30  # engines share the card
 Requests = list[dict[str, Any]]
 Run = Callable[[Requests], int]  # runs a workload, returns the number of output tokens it asked for
@@ -151,6 +154,8 @@ def main() -> None:
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("--reply-fd", type=int, required=True)
     args = parser.parse_args()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process does not see that stdin ended
     with os.fdopen(args.reply_fd, "w") as reply:
         start = time.perf_counter()
         run = ENGINES[args.engine](args.model, args.dtype, args.device)

@@ -80,6 +80,13 @@ INLINE void place_head(const Attention *a, Scratch *s, int type, const Tile *t, 
     }
 }
 
+/* What is not called for beside keys, where a tile has fewer than TILE. */
+INLINE void call_for_rest(const Attention *a, const Scratch *s, int type, int first, int stop) {
+    const int64_t head = a->head_dim * element_size(type), values = a->v_cache - a->k_cache;
+    for (int j = first ? 0 : stop; j < TILE; j = j + 1 == first ? stop : j + 1)
+        for (int64_t d = 0; d < head; d += 64) call_for(s->ahead[j] + d), call_for(s->ahead[j] + values + d);
+}
+
 #if HAS_AMX
 #include "attention_amx.h"
 #endif

@@ -154,13 +154,6 @@ INLINE void turn_keys(const Attention *a, const Scratch *s, int type, int many, 
         else turn_group(a, s, type, many, group, first, stop, 0);
 }
 
-/* What is not called for beside keys, where a tile has fewer than TILE. */
-INLINE void call_for_rest(const Attention *a, const Scratch *s, int type, int first, int stop) {
-    const int64_t head = a->head_dim * element_size(type), values = a->v_cache - a->k_cache;
-    for (int j = first ? 0 : stop; j < TILE; j = j + 1 == first ? stop : j + 1)
-        for (int64_t d = 0; d < head; d += 64) call_for(s->ahead[j] + d), call_for(s->ahead[j] + values + d);
-}
-
 /* Values [first, stop) of the tile in float32; s->values then point there. */
 INLINE void widen_values(const Attention *a, Scratch *s, int type, int first, int stop) {
     const int64_t size = element_size(type), dim = a->head_dim;
