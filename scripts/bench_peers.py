@@ -10,9 +10,10 @@ Engines: shoal (shoal-eager: without CUDA graphs), transformers (static left-pad
 (continuous batching with explicit sizes); vLLM when the interpreter given as --vllm-python has it; llama.cpp when the
 folder of its programs is given and an interpreter with the gguf package (see peer_llama_cpp.py).
 Each engine is a process of its own that stays loaded, is stopped while others run (it may have threads that look for
-work) and is warmed up with two short requests; in every round each of them runs the workload once, in turn, and
-the medians are compared. On a machine that others use as well, tokens per second of processor time say more than those per second: both are printed and written, the former from the engine's own
-process (not for llama.cpp, whose programs do not tell loading from running). Workloads:
+work) and is warmed up with two short requests; in every round each of them runs the workload once, in turn, and the
+medians are compared. On a machine that others use as well, tokens per second of processor time say more than those per
+second: both are printed and written, the former from the engine's own process (not for llama.cpp, whose programs do not
+tell loading from running). Workloads:
 
     decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
     batch    32 requests, 64 to 256 in, 32 to 96 out
