@@ -37,6 +37,7 @@ ROUNDED = (
     ("gemma2", 2, "--kv-cache-dtype", "fp8"),
 )
 """Models with few-bit weights or an FP8 cache: family, tensor size, setting."""
+DETERMINISTIC = ("llama", "gemma2", "qwen3_moe")
 SANITIZED = ("attention mixed float16", "attention uneven", "attention shared", "rope_kv_write")
 MARKS = "<!-- {} begins -->", "<!-- {} ends -->"
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ class Job(NamedTuple):
 
 
 def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
-    """All jobs: models first, since they take longest each."""
+    """All jobs, in the order in which they are begun."""
     common = ["--seed", str(args.seed), *(["--interpret"] if args.interpret else [])]
     models = [
         Job(f"model {name} tp{tp} pp{pp}", ["model", name, "--tp", str(tp), "--pp", str(pp), *common])
@@ -72,10 +73,15 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
         Job(f"kernels, part {part + 1} of {args.jobs}", ["kernels", "--part", str(part), "--of", str(args.jobs), *only])
         for part in range(args.jobs)
     ]
-    jobs = [job._replace(arguments=[*job.arguments, *common]) for job in parts] + models
+    bits = [
+        Job(f"deterministic {name}", ["deterministic", name, *common])
+        for name in DETERMINISTIC
+        if name in families and args.only in f"deterministic {name}"
+    ]
+    jobs = [job._replace(arguments=[*job.arguments, *common]) for job in parts] + bits + models
     if args.interpret:
         return jobs
-    jobs.append(Job("graphs", ["graphs", "--only", args.only, *common]))
+    jobs.insert(0, Job("graphs", ["graphs", "--only", args.only, *common]))
     tool = shutil.which("compute-sanitizer")
     if tool is not None:
         command = (tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")

@@ -3,6 +3,7 @@
     python scripts/gpu_jobs.py kernels --part 0 --of 8 --seed 7      # the table of kernels/gpu/checks.py
     python scripts/gpu_jobs.py model llama --tp 2                    # a whole tiny model against transformers
     python scripts/gpu_jobs.py graphs                                # steps as CUDA graphs beside eager ones
+    python scripts/gpu_jobs.py deterministic gemma2                  # bits of one request, whatever runs beside it
     python scripts/gpu_jobs.py times                                 # the measured cases, one after the other
     python scripts/gpu_jobs.py crossovers                            # ours beside torch's library kernels, over rows
     python scripts/gpu_jobs.py report --part 0 --of 2                # compile for sm_80 and sm_90, no GPU needed
@@ -162,24 +163,87 @@ def check_graphs(args: argparse.Namespace) -> None:
 
 
 def sampled_tokens(name: str, seed: int, quantization: str, *, enforce_eager: bool) -> list[list[int]]:
-    """Tokens of 13 requests of a tiny model, of many kinds of sampling and lengths."""
-    from shoal import LLM, SamplingParams
-    from tests.model.tiny_models import VOCAB, make_model
+    """Tokens of 13 requests of a tiny model."""
+    from shoal import LLM
 
-    rng, kinds = random.Random(seed), [{}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.02}, {"presence_penalty": 0.5}]
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(13)]
-    asked = [
-        SamplingParams(temperature=rng.choice((0.0, 0.8, 1.3)), seed=index, max_tokens=rng.randint(2, 20),
-                       ignore_eos=True, **(kinds[index % 4] if index > 4 else {}))
-        for index in range(len(prompts))
-    ]  # fmt: skip
+    prompts, asked = asked_requests(seed, 13, 20)
     with tempfile.TemporaryDirectory() as folder, LLM(
-        str(make_model(name, Path(folder))), dtype="float32", device="cuda", skip_tokenizer_init=True, block_size=4,
+        make_tiny(name, folder), dtype="float32", device="cuda", skip_tokenizer_init=True, block_size=4,
         max_num_seqs=16, deterministic=True, quantization=quantization, enforce_eager=enforce_eager,
         kv_cache_memory_bytes=64 << 20,
     ) as llm:  # fmt: skip
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def asked_requests(seed: int, count: int, longest: int, **more: Any) -> tuple[list[list[int]], list[Any]]:
+    """Prompts and sampling of many kinds and lengths."""
+    from shoal import SamplingParams
+    from tests.model.tiny_models import VOCAB
+
+    rng, kinds = random.Random(seed), [{}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.02}, {"presence_penalty": 0.5}]
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(count)]
+    asked = [
+        SamplingParams(temperature=rng.choice((0.0, 0.8, 1.3)), seed=index, max_tokens=rng.randint(2, longest),
+                       ignore_eos=True, **(kinds[index % 4] if index > 4 else {}), **more)
+        for index in range(count)
+    ]  # fmt: skip
+    return prompts, asked
+
+
+def check_bits(args: argparse.Namespace) -> None:
+    """With `deterministic`, tokens and log-probabilities are the same bits alone and in a crowd, in any chunks, with
+    and without cached prefixes, from blocks of another size, kernel by kernel, and on tensor ranks in a crowd.
+    """
+    from shoal.kernels import device
+
+    count, longest = (3, 3) if args.interpret else (9, 20)
+    prompts, asked = asked_requests(args.seed, count, longest, logprobs=2)
+    prompts = [prompts[0][:1] * 5 + prompt for prompt in prompts]  # blocks that can be shared
+    plain: dict[str, Any] = {"device": "cuda"}
+    if args.interpret:
+        device.INTERPRET_CPU_TENSORS, plain = True, {"device": "cpu", "native": "off"}
+    sharded, chunked = {"tensor_parallel_size": 2, "ranks_per_device": 2}, {"max_num_batched_tokens": 7}
+    ways: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [  # name, as asked, as compared, requests
+        ("alone", {}, {}, 1),
+        ("in chunks, three rows at most", {}, {**chunked, "max_num_seqs": 3}, count),
+        ("blocks of 7, nothing shared", {}, {"block_size": 7, "enable_prefix_caching": False}, count),
+        ("kernel by kernel", {}, {"enforce_eager": True}, count),
+        ("tensor 2, alone", sharded, sharded, 1),
+        ("tensor 2, in chunks", sharded, {**sharded, **chunked}, count),
+    ]
+    known: dict[tuple[str, ...], list[Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_tiny(args.name, folder)
+        for dtype in ("float32", "bfloat16"):
+            for name, first, second, some in ways[:3] if args.interpret else ways:
+                common = {**plain, "dtype": dtype, "deterministic": True, "block_size": 4}
+                key = (dtype, *first)
+                if key not in known:
+                    known[key] = bits_of(path, prompts, asked, {**common, **first})
+                found = bits_of(path, prompts[:some], asked[:some], {**common, **second})
+                differ = [(a, b) for a, b in zip(found, known[key][:some], strict=True) if a != b]
+                detail = f"{len(differ)} of {some} requests differ" + f": {differ[:1]}"[:300] * bool(differ)
+                tell(check="deterministic", name=f"{args.name} {dtype}, {name}", ok=not differ, detail=detail)
+
+
+def make_tiny(name: str, folder: str) -> str:
+    """A tiny model of the tests."""
+    from tests.model.tiny_models import make_model
+
+    return str(make_model(name, Path(folder)))
+
+
+def bits_of(path: str, prompts: list[list[int]], asked: list[Any], settings: dict[str, Any]) -> list[Any]:
+    """Every request's tokens and the log-probabilities of those and their rivals."""
+    from shoal import LLM
+
+    with LLM(path, skip_tokenizer_init=True, kv_cache_memory_bytes=64 << 20, **settings) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+    return [
+        (one.token_ids, [{token: entry.logprob for token, entry in step.items()} for step in one.logprobs])
+        for one in (output.outputs[0] for output in outputs)
+    ]
 
 
 def captured_collectives(seed: int, *, deterministic: bool) -> int:
@@ -309,7 +373,7 @@ def report_kernels(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("kernels", "model", "graphs", "times", "crossovers", "report"))
+    parser.add_argument("job", choices=("kernels", "model", "graphs", "deterministic", "times", "crossovers", "report"))
     parser.add_argument("name", nargs="?", help="of the tiny model")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
@@ -327,8 +391,8 @@ def main() -> None:
     args.scale = "tiny" if args.tiny or args.interpret else "full"
     args.device = "cpu" if args.interpret else "cuda"
     sys.path.insert(0, str(ROOT))
-    jobs = {"kernels": check_kernels, "model": check_model, "graphs": check_graphs, "times": time_kernels}
-    {**jobs, "crossovers": find_crossovers, "report": report_kernels}[args.job](args)
+    jobs = {"kernels": check_kernels, "model": check_model, "graphs": check_graphs, "deterministic": check_bits}
+    {**jobs, "times": time_kernels, "crossovers": find_crossovers, "report": report_kernels}[args.job](args)
 
 
 if __name__ == "__main__":

