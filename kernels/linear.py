@@ -3,8 +3,9 @@ among them: bit for bit, so a request's tokens do not depend on its batch.
 
 Deterministic paths: on a GPU the Triton kernel (kernels/gpu/linear.py); on a CPU the C kernel (one order of sums per
 element); without it torch's product over blocks of one shape (the last one padded), whose algorithm then is always the
-same. Otherwise the faster one of torch and ours. Types: float32, bfloat16, float16, accumulated in
-float32. A prepared weight (kernels/weight.py) multiplies itself, in one order of sums always.
+same. Otherwise the faster one of torch and ours, which for one row on a GPU is kernels/gpu/matvec.py. Types: float32,
+bfloat16, float16, accumulated in float32. A prepared weight (kernels/weight.py) multiplies itself, in one order of sums
+always.
 """
 
 import torch
@@ -60,14 +61,17 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *,
 
 def _gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, deterministic: bool) -> torch.Tensor:
     from shoal.kernels.gpu.linear import launch_linear
-    from shoal.kernels.gpu.tables import SMALL_ROWS
+    from shoal.kernels.gpu.matvec import launch_matvec
+    from shoal.kernels.gpu.tables import ONE_ROW
 
     rows = x.shape[:-1].numel()
-    if not deterministic and rows > SMALL_ROWS["dense", x.dtype]:
+    alone = rows == 1 and x.dtype in ONE_ROW
+    if not (deterministic or alone):
         return F.linear(x, weight, bias)
     x_MK = x.reshape(rows, x.shape[-1])
     x_MK, weight = (part if part.stride(1) == 1 else part.contiguous() for part in (x_MK, weight))
-    return launch_linear(x_MK, weight, bias, deterministic=deterministic).view(*x.shape[:-1], weight.shape[0])
+    y_MN = launch_linear(x_MK, weight, bias, deterministic=True) if deterministic else launch_matvec(x_MK, weight, bias)
+    return y_MN.view(*x.shape[:-1], weight.shape[0])
 
 
 def _native(

@@ -22,12 +22,6 @@ def quantize_groups(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     return (values * inverse).round_().clamp_(*limit).to(torch.int8), scale
 
 
-def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of 4 bits in plain order: int8 [..., inputs], inputs even, as uint8 [..., inputs / 2]."""
-    pairs = (codes + 8).view(torch.uint8).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
 def quantize_rows(x: torch.Tensor, lead: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations. x: [rows, inner], any float type, whose first input is number `lead` of its group.
 

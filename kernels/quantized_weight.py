@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from shoal.kernels.build import native_library
 from shoal.kernels.huge_pages import empty_in_huge_pages
 from shoal.kernels.native_types import DTYPE_CODES
-from shoal.kernels.quantize import pack_pairs, quantize_groups, quantize_rows
+from shoal.kernels.quantize import quantize_groups, quantize_rows
 from shoal.kernels.quantized_format import BLOCK, GROUP, padded_groups
 from shoal.kernels.weight import NativeWeight, RoundedWeight
 
@@ -111,13 +111,6 @@ class QuantizedWeight(RoundedWeight):
                 within = slice(start % BLOCK, start % BLOCK + stop - start)
                 targets[block, :, :, within] = words[where].permute(1, 2, 0)
                 self.scales[block, :, within] = scales[where].t()
-
-    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales in plain order, padded to whole groups."""
-        codes = self.int_codes()
-        if self.bits == 4:
-            codes = pack_pairs(codes)
-        return codes, self.plain_scales().contiguous()
 
     def plain_scales(self) -> torch.Tensor:
         """Every scale: bfloat16 [(count,) columns, groups]."""

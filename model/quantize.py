@@ -13,9 +13,9 @@ import torch
 
 from shoal.kernels.device import has_gpu_kernels
 from shoal.kernels.fp8_weight import Fp8ChannelWeight
-from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.quantized_format import BLOCK
 from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.span_weight import SpanWeight
 from shoal.kernels.weight import RoundedWeight
 from shoal.model.parameters import BITS, LocalParameter
 from shoal.parallel.sharding import Range
@@ -46,7 +46,7 @@ def new_parameter(parameter: LocalParameter, dtype: torch.dtype, device: torch.d
         return Fp8ChannelWeight(parameter.shape, parameter.lead, dtype=dtype, device=device)
     bits = BITS[parameter.rounding]
     if has_gpu_kernels(device):
-        return PlainWeight.zeros(parameter.shape, bits, parameter.lead, dtype=dtype, device=device)
+        return SpanWeight.zeros(parameter.shape, bits, parameter.lead, dtype=dtype, device=device)
     return QuantizedWeight(parameter.shape, bits, parameter.lead, dtype=dtype)
 
 

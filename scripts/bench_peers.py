@@ -6,7 +6,8 @@ limits.
     python scripts/bench_peers.py --shape 200m --vllm-python PYTHON --llama-cpp FOLDER --gguf-python PYTHON
     python scripts/bench_peers.py --shape 1b --device cuda --dtype bfloat16 --engines shoal shoal-eager transformers
 
-Engines: shoal (shoal-eager: without CUDA graphs), transformers (static left-padded batches), transformers-cb
+Engines: shoal (shoal-eager: without CUDA graphs; shoal-int8, shoal-int4, shoal-fp8: of weights rounded when loaded),
+transformers (static left-padded batches), transformers-cb
 (continuous batching with explicit sizes); vLLM when the interpreter given as --vllm-python has it; llama.cpp when the
 folder of its programs is given and an interpreter with the gguf package (see peer_llama_cpp.py).
 Each engine is a process of its own that stays loaded, is stopped while others run (it may have threads that look for

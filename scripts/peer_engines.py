@@ -24,7 +24,9 @@ Requests = list[dict[str, Any]]
 Run = Callable[[Requests], int]  # runs a workload, returns the number of output tokens it asked for
 
 
-def shoal_engine(model: str, dtype: str, device: str, *, enforce_eager: bool = False) -> Run:
+def shoal_engine(
+    model: str, dtype: str, device: str, *, enforce_eager: bool = False, quantization: str = "none"
+) -> Run:
     """Shoal through its public API."""
     from shoal import LLM, SamplingParams
 
@@ -33,6 +35,7 @@ def shoal_engine(model: str, dtype: str, device: str, *, enforce_eager: bool = F
         dtype=dtype,
         device=device,
         enforce_eager=enforce_eager,
+        quantization=quantization,
         kv_cache_memory_bytes=GPU_CACHE_BYTES if device == "cuda" else None,
         skip_tokenizer_init=True,
         enable_prefix_caching=True,
@@ -139,6 +142,9 @@ def vllm_engine(model: str, dtype: str, device: str) -> Run:
 ENGINES: dict[str, Callable[[str, str, str], Run]] = {
     "shoal": shoal_engine,
     "shoal-eager": partial(shoal_engine, enforce_eager=True),
+    "shoal-int8": partial(shoal_engine, quantization="int8"),
+    "shoal-int4": partial(shoal_engine, quantization="int4"),
+    "shoal-fp8": partial(shoal_engine, quantization="fp8"),
     "transformers": transformers_static,
     "transformers-cb": transformers_continuous,
     "vllm": vllm_engine,

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from shoal.kernels.activation import KINDS
 from shoal.kernels.fp8_linear import quantize_rows, quantize_weight, scaled_mm
 from shoal.kernels.gpu.experts import grouped_mm_experts, launch_experts
+from shoal.kernels.gpu.few_bits import launch_few_bits
 from shoal.kernels.gpu.linear import launch_linear
 from shoal.kernels.gpu.moe_combine import launch_moe_combine
-from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.span_weight import SpanWeight
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 FEW_BITS_ROWS = (64, 256, 512, 1024, 4096)
@@ -50,10 +51,9 @@ def fp8(rows: int, columns: int, inner: int) -> tuple[Run, Run]:
 def few_bits(bits: int, rows: int, columns: int, inner: int) -> tuple[Run, Run]:
     """The linear of int8 or int4 weights beside cuBLAS with floats made of them."""
     x = torch.randn(rows, inner, dtype=torch.bfloat16, device="cuda")
-    weight = PlainWeight.zeros((columns, inner), bits, 0, dtype=torch.bfloat16, device=x.device)
+    weight = SpanWeight.zeros((columns, inner), bits, 0, dtype=torch.bfloat16, device=x.device)
     weight.put(0, torch.randn(columns, inner, device="cuda"))
-    options: dict[str, Any] = {"kind": weight.kind, "scale": weight.scales, "scale_block": (1, weight.group)}
-    ours = partial(launch_linear, x, weight.codes, deterministic=False, **options)
+    ours = partial(launch_few_bits, x, weight, None, deterministic=False)
     return ours, lambda: weight.multiply_floats(x, None)
 
 

@@ -1,22 +1,14 @@
 """y = x w^T + b for few rows (decode), and for any number of rows when deterministic.
 
-x: [rows, inner], float32, bfloat16, float16, any row stride; weight: [columns, inner], the same dtype, adjacent inner;
-or quantised: see WEIGHTS. Accumulated in float32 (float32 inputs in IEEE float32, not TF32), rounded once.
+x: [rows, inner], float32, bfloat16, float16, any row stride; weight: [columns, inner], adjacent inner: "dense", of x's
+dtype; or "e4m3", w = q s[column // scale_rows, k // scale_columns]: q e4m3, one scale per tensor, channel or block.
+Weights of 8 and 4 bits: gpu/few_bits.py. Accumulated in float32 (float32 inputs in IEEE float32, not TF32), rounded
+once.
 
-    "dense"     w as it is
-    "int8"      w = q s[column // scale_rows, k // scale_columns]: q int8 [columns, inner]; one scale per tensor,
-                channel, group or block
-    "e4m3"      the same with q e4m3
-    "int4"      w = (q - z) s[column, k // group]: two q of 0..15 a byte along inner, the even one in the low half:
-                uint8 [columns, inner / 2]; s, z uint8 [columns, inner / group]; without z it is 8
+x may be e4m3 too ("e4m3" weights only), with a scale per tensor, row, or GROUP elements of a row. Such numbers are
+exact in x's dtype, so only the products are rounded; scales are applied in float32.
 
-Scales are float32 or bfloat16. A weight cut within a group (kernels/quantized_format.py) has `lead` inputs more before
-the first and is padded to whole groups: q[k + lead] belongs to x[k].
-
-x may be e4m3 too ("e4m3" weights only), with a scale per tensor, row, or GROUP elements of a row.
-Integers and e4m3 numbers are exact in x's dtype, so only the products are rounded; scales are applied in float32.
-
-Must move: the weight once, columns * inner elements (1/2 byte to 4), which for few rows is nearly all; 2 * rows
+Must move: the weight once, columns * inner elements (1 byte to 4), which for few rows is nearly all; 2 * rows
 FLOPs per weight element, under the card's ratio up to about 64 rows for 16-bit weights (H100: 3.35 TB/s, 990 TFLOP/s
 dense 16-bit: about 300 FLOPs a byte, but tiles this small reach a fraction of it).
 A program takes a tile of BLOCK_M x BLOCK_N outputs over one of `splits` ranges of the inner dimension: one tile row of
@@ -37,9 +29,9 @@ import triton.language as tl
 
 from shoal.kernels.gpu.fp8 import GROUP, as_bytes, from_e4m3
 
-TILES = {"dense": (64, 64), "int8": (128, 128), "e4m3": (64, 128), "int4": (64, 128)}
-"""Columns and inner steps of a tile, 4 to 16 KiB of weights a stage: of those tried on an H200 the fastest, but for
-dense, which is only used when deterministic."""
+TILES = {"dense": (64, 64), "e4m3": (64, 128)}
+"""Columns and inner steps of a tile, 8 KiB of weights a stage. Both are only used when deterministic, or where the
+library has no product."""
 TILE_FLOAT32 = (64, 32)
 """Of float32 inputs, whatever the weights: the plain cores' products keep their operands in registers."""
 ROWS_FIXED = 64
@@ -52,14 +44,14 @@ STAGES = 3
 ADDED_COLUMNS = 256
 """Columns of a program that adds the parts of splits: four for each of 64 threads."""
 
-DENSE, INT8, E4M3, INT4 = 0, 1, 2, 3
-WEIGHTS = {"dense": DENSE, "int8": INT8, "e4m3": E4M3, "int4": INT4}
+DENSE, E4M3 = 0, 1
+WEIGHTS = {"dense": DENSE, "e4m3": E4M3}
 
 
 @triton.jit
 def x_tile(x_ptr, rows, k, inner, x_stride, row_mask, X_FP8: tl.constexpr):
     """[BLOCK_M, BLOCK_K] of x, zeros outside; e4m3 as float16."""
-    mask = row_mask & ((k >= 0) & (k < inner))[None, :]
+    mask = row_mask & (k < inner)[None, :]
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + k[None, :], mask=mask, other=0)
     if X_FP8:
         x = from_e4m3(x)
@@ -71,14 +63,12 @@ def product(
     x_ptr,
     w_ptr,
     scale_ptr,
-    zero_ptr,
     x_scale_ptr,
     first,
     last,
     num_rows,
     num_columns,
     inner,
-    lead,
     x_stride,
     w_stride,
     scale_stride,
@@ -89,7 +79,6 @@ def product(
     columns,
     WEIGHT: tl.constexpr,
     X_SCALE: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -103,33 +92,17 @@ def product(
     for step in range(first, last):
         start = step * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
-        x = x_tile(x_ptr, rows, k - lead, inner, x_stride, row_mask, X_SCALE > 0)
-        if WEIGHT == 3:
-            pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            pair_mask = (2 * pairs < lead + inner)[None, :] & (columns < num_columns)[:, None]
-            w_at = w_ptr + columns[:, None].to(tl.int64) * w_stride + pairs[None, :]
-            packed = tl.load(w_at, mask=pair_mask, other=0)
-            w = tl.interleave((packed & 15).to(tl.int8), (packed >> 4).to(tl.int8))
-            at = columns.to(tl.int64) * scale_stride + start // scale_columns
-            if HAS_ZERO:
-                w = w - tl.load(zero_ptr + at, mask=columns < num_columns, other=0).to(tl.int8)[:, None]
-            else:
-                w = w - 8
-            scale = tl.load(scale_ptr + at, mask=columns < num_columns, other=0.0).to(tl.float32)
-            acc += tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee") * scale[None, :]
+        x = x_tile(x_ptr, rows, k, inner, x_stride, row_mask, X_SCALE > 0)
+        w = tl.load(w_rows + k[:, None], mask=(k < inner)[:, None] & column_mask, other=0)
+        if WEIGHT == 0:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
         else:
-            w = tl.load(w_rows + k[:, None], mask=(k < lead + inner)[:, None] & column_mask, other=0)
-            if WEIGHT == 0:
-                acc = tl.dot(x, w, acc, input_precision="ieee")
-            else:
-                if WEIGHT == 2:
-                    w = from_e4m3(w)
-                at = (columns[None, :] // scale_rows).to(tl.int64) * scale_stride + start // scale_columns
-                scale = tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
-                if X_SCALE == 2:
-                    x_at = rows[:, None].to(tl.int64) * x_scale_stride + start // GROUP_SIZE
-                    scale = scale * tl.load(x_scale_ptr + x_at, mask=row_mask, other=0.0)
-                acc += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale
+            at = (columns[None, :] // scale_rows).to(tl.int64) * scale_stride + start // scale_columns
+            scale = tl.load(scale_ptr + at, mask=column_mask, other=0.0).to(tl.float32)
+            if X_SCALE == 2:
+                x_at = rows[:, None].to(tl.int64) * x_scale_stride + start // GROUP_SIZE
+                scale = scale * tl.load(x_scale_ptr + x_at, mask=row_mask, other=0.0)
+            acc += tl.dot(x, from_e4m3(w).to(x.dtype), input_precision="ieee") * scale
     return acc
 
 
@@ -161,7 +134,6 @@ def linear_kernel(
     x_ptr,
     w_ptr,
     scale_ptr,
-    zero_ptr,
     x_scale_ptr,
     bias_ptr,
     y_ptr,
@@ -169,7 +141,6 @@ def linear_kernel(
     num_rows,
     num_columns,
     inner,
-    lead,
     splits,
     steps_per_split,
     x_stride,
@@ -181,7 +152,6 @@ def linear_kernel(
     scale_columns,
     WEIGHT: tl.constexpr,
     X_SCALE: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -195,14 +165,14 @@ def linear_kernel(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    steps = tl.cdiv(lead + inner, BLOCK_K)
+    steps = tl.cdiv(inner, BLOCK_K)
     if PARTS:
         split = tl.program_id(2)
         first = split * steps_per_split
         acc = product(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
-            num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
-            scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
+            x_ptr, w_ptr, scale_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
+            num_rows, num_columns, inner, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+            scale_columns, rows, columns, WEIGHT, X_SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
         )  # fmt: skip
         at = (split.to(tl.int64) * num_rows + rows[:, None]) * num_columns + columns[None, :]
         tl.store(parts_ptr + at, acc, mask=mask)
@@ -211,9 +181,9 @@ def linear_kernel(
         for split in range(splits):
             first = split * steps_per_split
             acc += product(
-                x_ptr, w_ptr, scale_ptr, zero_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
-                num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
-                scale_columns, rows, columns, WEIGHT, X_SCALE, HAS_ZERO, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
+                x_ptr, w_ptr, scale_ptr, x_scale_ptr, first, tl.minimum(first + steps_per_split, steps),
+                num_rows, num_columns, inner, x_stride, w_stride, scale_stride, x_scale_stride, scale_rows,
+                scale_columns, rows, columns, WEIGHT, X_SCALE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE,
             )  # fmt: skip
         acc = finished(
             acc, x_scale_ptr, bias_ptr, rows, columns, num_rows, num_columns, x_scale_stride, X_SCALE, HAS_BIAS
@@ -272,9 +242,7 @@ class Cut(NamedTuple):
 
 
 def cut_product(x: torch.Tensor, columns: int, inner: int, kind: str, group: int, *, deterministic: bool) -> Cut:
-    """inner: inputs, those before the first one included; group: inputs of a scale. Deterministic: of the weight alone,
-    but for `apart`, which changes no sum.
-    """
+    """group: inputs of a scale. Deterministic: of the weight alone, but for `apart`, which changes no sum."""
     block_n, block_k = TILE_FLOAT32 if x.dtype == torch.float32 else TILES[kind]
     if kind != "dense" and group < inner:
         block_k = min(block_k, group)
@@ -290,7 +258,6 @@ class Scales(NamedTuple):
     """
 
     scale: torch.Tensor
-    zero: torch.Tensor
     x_scale: torch.Tensor
     stride: int
     x_stride: int
@@ -300,7 +267,6 @@ class Scales(NamedTuple):
 def kernel_scales(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
-    zero: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     *,
     grouped: bool,
@@ -311,7 +277,7 @@ def kernel_scales(
     x_kind = 0 if x_scale is None else 2 if grouped or x_scale.shape[1] != 1 else 1
     x_stride = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
     x_scales = scales if x_scale is None else x_scale
-    return Scales(scales, scales if zero is None else zero, x_scales, stride, x_stride, x_kind)
+    return Scales(scales, x_scales, stride, x_stride, x_kind)
 
 
 def launch_linear(
@@ -322,35 +288,32 @@ def launch_linear(
     deterministic: bool,
     kind: str = "dense",
     scale: torch.Tensor | None = None,
-    zero: torch.Tensor | None = None,
     scale_block: tuple[int, int] = (1, 1),
     x_scale: torch.Tensor | None = None,
-    lead: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Returns [rows, columns] in out_dtype (default: x's). x, weight, kind: see above.
 
-    scale: two-dimensional (tensor [1, 1], channel [columns, 1], group, block); zero: uint8, of scale's shape.
+    scale: two-dimensional (tensor [1, 1], channel [columns, 1], block).
     scale_block: weights that share one scale, (rows, columns); columns of a block are a power of two or all.
     x_scale: for e4m3 x, float32: [1, 1], [rows, 1] or, with weights in blocks, [rows, ceil(inner / GROUP)].
     """
     (num_rows, inner), columns = x.shape, weight.shape[0]
     assert x.stride(1) == 1 and weight.stride(1) == 1
-    assert weight.shape[1] * (2 if kind == "int4" else 1) >= lead + inner and (lead == 0 or x_scale is None)
     y = torch.empty((num_rows, columns), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    cut = cut_product(x, columns, lead + inner, kind, scale_block[1], deterministic=deterministic)
-    scales = kernel_scales(weight, scale, zero, x_scale, grouped=scale_block[1] < inner or inner == 0)
+    cut = cut_product(x, columns, inner, kind, scale_block[1], deterministic=deterministic)
+    scales = kernel_scales(weight, scale, x_scale, grouped=scale_block[1] < inner or inner == 0)
     biases, ends = scales.scale if bias is None else bias, {"X_SCALE": scales.x_kind, "HAS_BIAS": bias is not None}
     parts = torch.empty((cut.splits if cut.apart else 0, num_rows, columns), dtype=torch.float32, device=x.device)
     grid = triton.cdiv(columns, cut.columns), triton.cdiv(num_rows, cut.rows), cut.splits if cut.apart else 1
     linear_kernel[grid](
         x if x_scale is None else as_bytes(x), as_bytes(weight) if kind == "e4m3" else weight,
-        scales.scale, scales.zero, scales.x_scale, biases, y, parts,
-        num_rows, columns, inner, lead, cut.splits, cut.span, x.stride(0), weight.stride(0), y.stride(0),
+        scales.scale, scales.x_scale, biases, y, parts,
+        num_rows, columns, inner, cut.splits, cut.span, x.stride(0), weight.stride(0), y.stride(0),
         scales.stride, scales.x_stride, *scale_block,
-        WEIGHT=WEIGHTS[kind], HAS_ZERO=zero is not None, PARTS=cut.apart, BLOCK_M=cut.rows, BLOCK_N=cut.columns,
+        WEIGHT=WEIGHTS[kind], PARTS=cut.apart, BLOCK_M=cut.rows, BLOCK_N=cut.columns,
         BLOCK_K=cut.steps, GROUP_SIZE=GROUP, num_stages=STAGES, **ends,
         num_warps=8 if x.dtype == torch.float32 else 4,  # float32 operands lie in registers
     )  # fmt: skip

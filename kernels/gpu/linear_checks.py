@@ -1,6 +1,7 @@
 """Checks of the linears of every kind of weight, and of the mixture of experts."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,36 +10,41 @@ from shoal.kernels.activation import KINDS
 from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
 from shoal.kernels.gpu.elementwise_checks import kind_of
 from shoal.kernels.gpu.experts import launch_experts
+from shoal.kernels.gpu.few_bits import launch_few_bits
 from shoal.kernels.gpu.linear import launch_linear
+from shoal.kernels.gpu.matvec import launch_matvec
 from shoal.kernels.gpu.moe_routing import launch_moe_routing
 from shoal.kernels.moe_routing import moe_routing_reference
-from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.span_weight import SpanWeight
 from shoal.kernels.weight import Weight
 
 BUDGET = Budget(registers=255, spill_bytes=0)
 FLOAT32_BUDGET = Budget(
     registers=168, spill_bytes=16
 )  # products on the plain cores: ptxas takes a word or two of stack
-BYTES = {"dense": None, "int8": 1.0, "e4m3": 1.0, "int4": 0.5}
+FEW_BITS_BUDGET = Budget(registers=255, spill_bytes=112)  # 64 rows: faster on an H200 than tiles that spill nothing
+BYTES = {"dense": None, "int8": 1.0625, "e4m3": 1.0, "int4": 0.5625}
+"""Of a weight, with its scales; of floats by their type."""
 
 
 def stored_weight(kind: str, columns: int, inner: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """(as stored, its values float32, arguments of launch_linear)."""
+    """(the values, float32; the product of x, bias and deterministic)."""
+    weight = torch.randn(columns, inner, device=device) / inner**0.5
+    if kind == "one row":
+        kept = weight.to(dtype)
+        return kept.float(), lambda x, bias, _fixed: launch_matvec(x, kept, bias)
     if kind == "dense":
-        weight = (torch.randn(columns, inner, device=device) / inner**0.5).to(dtype)
-        return weight, weight.float(), {}
-    block = {"int8": (1, 32), "e4m3": (128, 128), "int4": (1, 128)}[kind]
-    scale = (torch.rand(-(-columns // block[0]), -(-inner // block[1]), device=device) + 0.5) / inner**0.5
-    wide = scale.repeat_interleave(block[0], 0)[:columns].repeat_interleave(block[1], 1)[:, :inner]
-    options = {"kind": kind, "scale": scale, "scale_block": block}
+        kept = weight.to(dtype)
+        return kept.float(), lambda x, bias, fixed: launch_linear(x, kept, bias, deterministic=fixed)
     if kind == "e4m3":
-        q = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn)
-        return q, q.float() * wide, options
-    low, high = (-127, 128) if kind == "int8" else (0, 16)
-    codes = torch.randint(low, high, (columns, inner), device=device)
-    if kind == "int8":
-        return codes.to(torch.int8), codes * wide, options
-    return (codes[:, ::2] | (codes[:, 1::2] << 4)).to(torch.uint8), (codes - 8) * wide, options
+        q, block = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn), (128, 128)
+        scale = (torch.rand(-(-columns // block[0]), -(-inner // block[1]), device=device) + 0.5) / inner**0.5
+        wide = scale.repeat_interleave(block[0], 0)[:columns].repeat_interleave(block[1], 1)[:, :inner]
+        product = partial(launch_linear, kind=kind, scale=scale, scale_block=block)
+        return q.float() * wide, lambda x, bias, fixed: product(x, q, bias, deterministic=fixed)
+    held = few_bits(weight.unsqueeze(0), 8 if kind == "int8" else 4, dtype).unstacked()[0]
+    values = weight if device.type == "meta" else held.rows(torch.arange(columns, device=device)).float()
+    return values, lambda x, bias, fixed: launch_few_bits(x, held, bias, deterministic=fixed)
 
 
 def linear_case(
@@ -48,29 +54,25 @@ def linear_case(
 
     def make(device: torch.device) -> Trial:
         x, bias = torch.randn(rows, inner, device=device).to(dtype), torch.randn(columns, device=device).to(dtype)
-        weight, values, options = stored_weight(kind, columns, inner, dtype, device)
-
-        def run() -> Outputs:
-            return (launch_linear(x, weight, bias, deterministic=deterministic, **options),)
-
+        values, product = stored_weight(kind, columns, inner, dtype, device)
         return Trial(
-            run=run,
+            run=lambda: (product(x, bias, deterministic),),
             reference=lambda: (F.linear(x.double(), values.double(), bias.double()).float(),),
             plain=lambda: (F.linear(x, values.to(dtype), bias),),
-            bytes_moved=int(columns * inner * (BYTES[kind] or dtype.itemsize))
+            bytes_moved=int(columns * inner * (BYTES.get(kind) or dtype.itemsize))
             + rows * (inner + columns) * dtype.itemsize,
             flops=2 * rows * columns * inner,
         )
 
     mode = ", deterministic" if deterministic else ""
     name = f"{kind}{mode} {rows} x {inner} x {columns} {kind_of(dtype)}"
-    budget = FLOAT32_BUDGET if dtype == torch.float32 else BUDGET
+    budget = FLOAT32_BUDGET if dtype == torch.float32 else FEW_BITS_BUDGET if kind in ("int8", "int4") else BUDGET
     return Case(kernel="linear", name=name, dtype=dtype, make=make, budget=budget if big else None, measured=big)
 
 
-def few_bits(weight: torch.Tensor, bits: int) -> PlainWeight:
-    """A stack of experts rounded in groups."""
-    stack = PlainWeight.zeros(weight.shape, bits, 0, dtype=weight.dtype, device=weight.device)
+def few_bits(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> SpanWeight:
+    """A stack of weights rounded in groups, for activations of dtype."""
+    stack = SpanWeight.zeros(weight.shape, bits, 0, dtype=dtype, device=weight.device)
     for one, values in zip(stack.unstacked(), weight, strict=True):
         one.put(0, values)
     return stack
@@ -78,7 +80,7 @@ def few_bits(weight: torch.Tensor, bits: int) -> PlainWeight:
 
 def values_of(stack: Weight) -> torch.Tensor:
     """The floats a stack stands for."""
-    assert isinstance(stack, PlainWeight)
+    assert isinstance(stack, SpanWeight)
     return torch.stack([one.rows(torch.arange(one.shape[0], device=one.device)) for one in stack.unstacked()])
 
 
@@ -95,7 +97,7 @@ def experts_case(
         down = (torch.randn(experts - first, hidden, columns, device=device) / columns**0.5).to(dtype)
         held: tuple[Weight, Weight] = (gate_up, down)
         if bits is not None:
-            held = few_bits(gate_up, bits), few_bits(down, bits)
+            held = few_bits(gate_up, bits, dtype), few_bits(down, bits, dtype)
             gate_up, down = (values_of(weight) if x.device.type != "meta" else weight for weight in held)
 
         def torch_way(kind: torch.dtype) -> Outputs:
@@ -161,6 +163,10 @@ def cases(scale: Scale) -> Iterator[Case]:
         for kind in BYTES:
             yield linear_case(3, 256, 70, dtype, kind, deterministic=False)
             yield linear_case(65, 640, 33, dtype, kind, deterministic=True)
+            yield linear_case(5, 333, 130, dtype, kind, deterministic=False)
+        if dtype != torch.float32:
+            yield linear_case(1, 640, 33, dtype, "one row", deterministic=False)
+            yield linear_case(1, 333, 130, dtype, "one row", deterministic=False)
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=False)
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=True, first=3)
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=False, bits=8)
@@ -181,6 +187,12 @@ def cases(scale: Scale) -> Iterator[Case]:
         for rows in (1, 64, 4096):
             yield linear_case(rows, 4096, 6144, bf16, "dense", deterministic=True, big=True)
         yield linear_case(64, 1024, 1024, torch.float32, "dense", deterministic=True, big=True)
+        for inner, columns in ((2048, 2560), (4096, 6144), (14336, 4096), (2048, 32000)):
+            yield linear_case(1, inner, columns, bf16, "one row", deterministic=False, big=True)
+        for rows in (1, 16, 64):
+            for kind in ("int8", "int4"):
+                yield linear_case(rows, 14336, 4096, bf16, kind, deterministic=False, big=True)
+        yield linear_case(64, 4096, 6144, bf16, "int4", deterministic=True, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=False, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=True, big=True)
         for bits in (8, 4):

@@ -4,8 +4,9 @@
     plain:  y[a] = h[a] w^T                                                w: [num_experts, columns, inner]
 
 a: an assignment. x, h, y: float32, bfloat16, float16, one dtype with w; products summed in float32, the gate applied
-before the one rounding. The gated product reads x through the order and never gathers it. Weights of fewer bits are
-those of gpu/linear.py, by its own inner loop, once for the gate and once for the other half.
+before the one rounding. The gated product reads x through the order and never gathers it. FP8 weights are those of
+gpu/linear.py, weights of 8 and 4 bits those of gpu/few_bits.py, by their own inner loops, once for the gate and once
+for the other half.
 
 Must move: the weights of every expert that has a token, once; with few tokens that is nearly all. FLOPs: 2 per weight
 and assignment. A tile is block_rows x BLOCK_N (both halves for the gated product), over the whole inner dimension:
@@ -22,10 +23,11 @@ import triton.language as tl
 from shoal.kernels.fp8_linear import quantize_rows
 from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.gpu.activation import activate
+from shoal.kernels.gpu.few_bits import SPAN, few_bits_product
 from shoal.kernels.gpu.fp8 import GROUP, as_bytes
-from shoal.kernels.gpu.linear import WEIGHTS, finished, product
+from shoal.kernels.gpu.linear import DENSE, E4M3, finished, product
 from shoal.kernels.gpu.moe_align import Alignment
-from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.span_weight import SpanWeight
 from shoal.kernels.weight import Weight
 
 BLOCK_N, BLOCK_K, STAGES = 64, 64, 3
@@ -55,17 +57,20 @@ def moe_gemm_kernel(
     scale_expert_stride,
     scale_stride,
     scale_columns,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WEIGHT: tl.constexpr,
     X_SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile. divisor: assignments that read one row of x: top_k, or 1. WEIGHT: as in linear.py, with its scales;
-    X_SCALE 1: x is e4m3 with a scale per row.
+    """One tile. divisor: assignments that read one row of x: top_k, or 1. BITS: 8 or 4, as in few_bits.py, or 0; then
+    WEIGHT: as in linear.py, with its scales; X_SCALE 1: x is e4m3 with a scale per row.
     """
     tile = tl.program_id(1)
     if tile < tl.load(num_tiles_ptr):
@@ -79,23 +84,37 @@ def moe_gemm_kernel(
         up_offset = tl.cast(num_columns, tl.int64) * w_stride
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if WEIGHT > 0:
-            # what pads a tile is assignment num_assignments, of a row one past the last: no more is read than of x
-            rows, num_rows, steps = assignments // divisor, num_assignments // divisor, tl.cdiv(lead + inner, BLOCK_K)
-            w_at, scale_at = w_ptr + expert * w_expert_stride, scale_ptr + expert * scale_expert_stride
+        # what pads a tile is assignment num_assignments, of a row one past the last: no more is read than of x
+        rows, num_rows = assignments // divisor, num_assignments // divisor
+        w_at, scale_at = w_ptr + expert * w_expert_stride, scale_ptr + expert * scale_expert_stride
+        if BITS > 0:
+            spans = tl.cdiv(lead + inner, SPAN)
+            acc += few_bits_product(
+                x_ptr, w_at, scale_at, 0, spans, num_rows, num_columns, inner, lead, x_stride, w_stride, scale_stride,
+                rows, columns, BITS, ALIGNED, BLOCK_M, BLOCK_N, STAGES,
+            ).trans()  # fmt: skip
+            if GATED:
+                w_at += up_offset
+                scale_at += tl.cast(num_columns, tl.int64) * scale_stride
+                up += few_bits_product(
+                    x_ptr, w_at, scale_at, 0, spans, num_rows, num_columns, inner, lead, x_stride, w_stride,
+                    scale_stride, rows, columns, BITS, ALIGNED, BLOCK_M, BLOCK_N, STAGES,
+                ).trans()  # fmt: skip
+        elif WEIGHT > 0:
+            steps = tl.cdiv(inner, BLOCK_K)
             acc += product(
-                x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
-                w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M, BLOCK_N,
-                BLOCK_K, GROUP_SIZE,
+                x_ptr, w_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, x_stride, w_stride,
+                scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, BLOCK_M, BLOCK_N, BLOCK_K,
+                GROUP_SIZE,
             )  # fmt: skip
             acc = finished(acc, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
             if GATED:
                 w_at += up_offset
                 scale_at += tl.cast(num_columns, tl.int64) * scale_stride
                 up += product(
-                    x_ptr, w_at, scale_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, lead, x_stride,
-                    w_stride, scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, False, BLOCK_M,
-                    BLOCK_N, BLOCK_K, GROUP_SIZE,
+                    x_ptr, w_at, scale_at, scale_at, 0, steps, num_rows, num_columns, inner, x_stride, w_stride,
+                    scale_stride, 0, 1, scale_columns, rows, columns, WEIGHT, X_SCALE, BLOCK_M, BLOCK_N, BLOCK_K,
+                    GROUP_SIZE,
                 )  # fmt: skip
                 up = finished(up, x_scale_ptr, scale_at, rows, columns, num_rows, num_columns, 1, X_SCALE, False)
         else:
@@ -115,34 +134,32 @@ def moe_gemm_kernel(
 
 
 class Operands(NamedTuple):
-    """What the kernel reads. scales, x_scales: the codes and x themselves where there are none; lead, group: as
-    PlainWeight has them; block_k: inner steps of a tile.
+    """What the kernel reads. scales, x_scales: the codes and x themselves where there are none; bits, lead: of a
+    SpanWeight, else 0; kind: of linear.py; group: inputs of a scale; block_k: inner steps of a tile.
     """
 
     x: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
     x_scales: torch.Tensor
-    kind: str
+    bits: int
     lead: int
+    kind: int
     group: int
     block_k: int
 
 
 def operands(x: torch.Tensor, weight: Weight) -> Operands:
     """x and a stack of experts' weights as the kernel takes them; x is rounded where they are FP8."""
-    most = 32 if x.dtype == torch.float32 else BLOCK_K
+    block_k = 32 if x.dtype == torch.float32 else BLOCK_K
     if isinstance(weight, Fp8ChannelWeight):
         codes, x_scales = quantize_rows(x, grouped=False)
         inner = max(weight.shape[-1], 1)
-        return Operands(
-            as_bytes(codes), as_bytes(weight.codes), weight.scales, x_scales, weight.kind, 0, inner, BLOCK_K
-        )
-    if isinstance(weight, PlainWeight):
-        block_k = min(most, weight.group)
-        return Operands(x, weight.codes, weight.scales, x, weight.kind, weight.lead, weight.group, block_k)
+        return Operands(as_bytes(codes), as_bytes(weight.codes), weight.scales, x_scales, 0, 0, E4M3, inner, BLOCK_K)
+    if isinstance(weight, SpanWeight):
+        return Operands(x, weight.codes, weight.fours, x, weight.bits, weight.lead, DENSE, 1, block_k)
     assert isinstance(weight, torch.Tensor), type(weight)
-    return Operands(x, weight, weight, x, "dense", 0, most, most)
+    return Operands(x, weight, weight, x, 0, 0, DENSE, 1, block_k)
 
 
 def launch_moe_gemm(
@@ -151,7 +168,7 @@ def launch_moe_gemm(
     """Returns [num_assignments, columns]; rows of experts not aligned are left undefined.
 
     x: [num_tokens, inner] with top_k choices each, or [num_assignments, inner] with top_k 1. weight: a tensor, or a
-    stack of PlainWeights or Fp8ChannelWeights. kind: a value of activation.KINDS for the gated product, None for the
+    stack of SpanWeights or Fp8ChannelWeights. kind: a value of activation.KINDS for the gated product, None for the
     plain one.
     """
     gated = kind is not None
@@ -185,9 +202,12 @@ def launch_moe_gemm(
         given.scales.stride(0),
         given.scales.stride(1),
         given.group,
-        WEIGHT=WEIGHTS[given.kind],
+        BITS=given.bits,
+        ALIGNED=given.lead == 0 and inner % SPAN.value == 0,
+        WEIGHT=given.kind,
         X_SCALE=int(given.x_scales is not given.x),
         GROUP_SIZE=GROUP,
+        STAGES=STAGES,
         KIND=kind or 0,
         GATED=gated,
         BLOCK_M=alignment.block_rows,

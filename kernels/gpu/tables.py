@@ -6,15 +6,9 @@ numbers.
 
 import torch
 
-SMALL_ROWS: dict[tuple[str, torch.dtype], int] = {
-    ("dense", torch.bfloat16): 0,
-    ("dense", torch.float16): 0,
-    ("e4m3", torch.float8_e4m3fn): 0,
-    ("dense", torch.float32): 0,  # IEEE products of Triton run on the plain cores, as cuBLAS's do: nothing to win
-}
-"""(kind of weight, dtype of the inputs): rows up to which the Triton linear is used when not deterministic. cuBLAS and
-scaled_mm are ahead from one row on: in the kernel (1.2 to 1.9 times) and in what a launch costs the host (11 us, 60).
-float16 was not measured; it has the same kernels as bfloat16."""
+ONE_ROW = (torch.bfloat16, torch.float16)
+"""Dtypes of which one row alone is multiplied by gpu/matvec.py; more rows by cuBLAS, which is ahead of our linear from
+there on, in the kernel (1.2 to 1.9 times) and in what a launch costs the host. float16 was not measured."""
 
 DEQUANTISED_ROWS = {8: 1024, 4: 512}
 """Bits of a weight: rows from which it is made floats, slab by slab, for cuBLAS, unless deterministic. At these rows

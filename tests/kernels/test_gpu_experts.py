@@ -6,7 +6,7 @@ import torch
 from shoal.kernels.activation import KINDS, gated_activation_reference
 from shoal.kernels.fp8_weight import Fp8ChannelWeight
 from shoal.kernels.moe_routing import moe_routing_reference
-from shoal.kernels.plain_weight import PlainWeight
+from shoal.kernels.span_weight import SpanWeight
 from tests.kernels.gpu_support import DEVICE, DTYPES, close, poisoned_empty, random  # noqa: F401
 
 from shoal.kernels.gpu.experts import grouped_mm_experts, launch_experts  # isort: skip
@@ -86,7 +86,7 @@ def test_experts_match_the_loop(dtype: torch.dtype, first: int, last: int) -> No
 def test_experts_of_few_bits_match_the_loop_over_their_values(dtype: torch.dtype, bits: int, lead: int) -> None:
     stacks = []
     for weight, first in zip(expert_weights(dtype), (0, lead), strict=True):
-        stack = PlainWeight.zeros(weight.shape, bits, first, dtype=dtype, device=DEVICE)
+        stack = SpanWeight.zeros(weight.shape, bits, first, dtype=dtype, device=DEVICE)
         for one, values in zip(stack.unstacked(), weight, strict=True):
             one.put(0, torch.nn.functional.pad(values, (first, 0)))
         stacks.append(stack)

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from shoal.kernels import device
+from shoal.kernels.linear import linear
 from tests.kernels.gpu_support import DEVICE, DTYPES, close, poisoned_empty, random  # noqa: F401
 
+from shoal.kernels.gpu.few_bits import cut_few_bits, launch_few_bits  # isort: skip
 from shoal.kernels.gpu.linear import launch_linear, split_count  # isort: skip
+from shoal.kernels.gpu.matvec import WIDE, launch_matvec  # isort: skip
+from shoal.kernels.span_weight import SpanWeight  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 SHAPES = [(1, 1, 1), (3, 70, 33), (17, 600, 70), (70, 330, 5), (0, 8, 4), (5, 0, 4), (3, 8, 0)]  # rows, inner, columns
@@ -18,6 +23,12 @@ def _seed() -> None:
 
 def weights(columns: int, inner: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (random(columns, inner) / max(inner, 1) ** 0.5).to(dtype)
+
+
+def few_bits(columns: int, inner: int, lead: int, bits: int, dtype: torch.dtype = torch.float32) -> SpanWeight:
+    weight = SpanWeight.zeros((columns, inner), bits, lead, dtype=dtype, device=DEVICE)
+    weight.put(0, torch.nn.functional.pad(weights(columns, inner), (lead, 0)))
+    return weight
 
 
 def spread(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
@@ -46,42 +57,58 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
         assert torch.equal(launch_linear(x[-rows:], weight, deterministic=True), whole[-rows:])
 
 
-@pytest.mark.parametrize("rows", [1, 66])
-def test_int8_weights_per_channel(rows: int) -> None:
-    x, weight = random(rows, 300), weights(70, 300)
-    scale = weight.abs().amax(1) / 127
-    q = (weight / scale[:, None]).round().to(torch.int8)
-    got = launch_linear(x, q, deterministic=False, kind="int8", scale=scale[:, None], scale_block=(1, 300))
-    close(got, x @ (q.float() * scale[:, None]).t(), times=4)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (70, 33), (512, 5), (1200, WIDE + 3), (0, 4), (3, 0)])
+def test_one_row_matches_the_reference(dtype: torch.dtype, inner: int, columns: int) -> None:
+    x, weight, bias = random(1, inner + 3, dtype=dtype)[:, 2:-1], weights(columns, inner, dtype), random(columns)
+    for b in (None, bias.to(dtype)):
+        want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        close(launch_matvec(x, weight, b), want, times=2)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_weight_cut_within_a_group(kind: str) -> None:
-    """As kernels/quantized_format.py stores it: 5 inputs of the first group belong to the rank before."""
-    lead, inner, columns = 5, 70, 33
-    q, scale = torch.randint(0, 16, (columns, 96), device=DEVICE), torch.rand(columns, 3, device=DEVICE) / 50
-    stored = q.to(torch.int8) if kind == "int8" else (q[:, ::2] | (q[:, 1::2] << 4)).to(torch.uint8)
-    values = (q - (0 if kind == "int8" else 8)) * scale.bfloat16().float().repeat_interleave(32, 1)
-    x = random(3, inner)
-    got = launch_linear(
-        x, stored, deterministic=True, kind=kind, scale=scale.bfloat16(), scale_block=(1, 32), lead=lead
-    )
-    close(got, x @ values[:, lead : lead + inner].t(), times=4)
+def test_one_row_of_halves_takes_it_unless_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
+    x, weight = random(1, 1, 300, dtype=torch.float16), weights(70, 300, torch.float16)
+    alone, fixed = (linear(x, weight, deterministic=deterministic) for deterministic in (False, True))
+    assert alone.shape == (1, 1, 70) and torch.equal(alone.flatten(0, 1), launch_matvec(x[0], weight))
+    assert torch.equal(fixed[0], launch_linear(x[0], weight, deterministic=True))
 
 
-@pytest.mark.parametrize("rows", [1, 66])
-@pytest.mark.parametrize(("group", "asymmetric"), [(32, True), (128, False)])
-def test_int4_weights_per_group(rows: int, group: int, asymmetric: bool) -> None:
-    inner, columns = 256, 35
-    x, q = random(rows, inner), torch.randint(0, 16, (columns, inner), device=DEVICE)
-    scale = torch.rand(columns, inner // group, device=DEVICE) / 50
-    zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8, device=DEVICE) if asymmetric else None
-    packed = (q[:, ::2] | (q[:, 1::2] << 4)).to(torch.uint8)
-    got = launch_linear(
-        x, packed, deterministic=True, kind="int4", scale=scale, zero=zero, scale_block=(1, group)
-    )  # fmt: skip
-    centre = torch.full_like(q, 8) if zero is None else zero.long().repeat_interleave(group, 1)
-    close(got, x @ ((q - centre) * scale.repeat_interleave(group, 1)).t(), times=4)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "lead"), [(1, 256, 33, 0), (3, 70, 129, 5), (17, 700, 70, 31), (66, 130, 5, 0)]
+)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_match_the_floats_they_stand_for(
+    dtype: torch.dtype, rows: int, inner: int, columns: int, lead: int, bits: int
+) -> None:
+    """lead: inputs of the first group that belong to the rank before, as kernels/quantized_format.py stores them."""
+    weight = few_bits(columns, inner, lead, bits, dtype)
+    x, bias = random(rows, inner + 3, dtype=dtype)[:, 2:-1], random(columns, dtype=dtype)
+    values = weight.rows(torch.arange(columns, device=DEVICE))
+    for b in (None, bias):
+        want = torch.nn.functional.linear(x.double(), values.double(), None if b is None else b.double())
+        for deterministic in (True, False):
+            close(launch_few_bits(x, weight, b, deterministic=deterministic), want, times=4)
+
+
+@pytest.mark.usefixtures("dots_in_one_order")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_rows_bits_depend_on_nothing_but_the_row_with_few_bits(bits: int) -> None:
+    x, weight = random(67, 1200), few_bits(33, 1200, 0, bits, torch.float32)
+    assert cut_few_bits(67, 33, 10, bits, deterministic=True).splits > 1
+    whole = launch_few_bits(x, weight, None, deterministic=True)
+    for rows in (1, 64, 65):
+        assert torch.equal(launch_few_bits(x[:rows], weight, None, deterministic=True), whole[:rows])
+        assert torch.equal(launch_few_bits(x[-rows:], weight, None, deterministic=True), whole[-rows:])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_without_rows_inputs_or_columns(bits: int) -> None:
+    for rows, inner, columns in ((0, 8, 4), (3, 8, 0), (2, 0, 5)):
+        bias = random(columns)
+        got = launch_few_bits(random(rows, inner), few_bits(columns, inner, 0, bits), bias, deterministic=False)
+        assert got.shape == (rows, columns) and (inner > 0 or torch.equal(got, bias.expand(rows, columns)))
 
 
 @pytest.mark.parametrize("rows", [3, 66])

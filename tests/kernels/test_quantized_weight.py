@@ -96,13 +96,11 @@ def test_zeros_tiny_and_huge_weights_stay_finite():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_plain_order_is_what_the_format_says(bits):
+def test_codes_and_scales_are_what_the_format_says(bits):
     values = normal(21, 45)
     weight = quantized(values, bits)
-    codes, scales = weight.plain()
-    assert scales.shape == (21, 2) and codes.shape == (21, 64 * bits // 8)
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+    codes, scales = weight.int_codes(), weight.plain_scales()
+    assert scales.shape == (21, 2) and codes.shape == (21, 64)
     floats = codes.float() * scales.float().repeat_interleave(GROUP, 1)
     assert torch.equal(floats[:, :45], weight.dequantize())
     want_codes, want_scales = quantize_groups(torch.nn.functional.pad(values, (0, 19)).view(21, 2, GROUP), bits)
@@ -138,7 +136,7 @@ def test_stacked_weights_share_memory():
         weight.put(0, one)
     assert stack.nbytes == 3 * quantized_bytes(20, 40, 0, 8) and each[1].shape == (20, 40)
     assert torch.equal(stack.dequantize()[2], quantized(values[2], 8).dequantize())
-    assert torch.equal(each[1].plain()[0], stack.plain()[0][1])
+    assert torch.equal(each[1].int_codes(), stack.int_codes()[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,9 +10,9 @@ from shoal.configs.schema import ParallelConfig
 from shoal.kernels import device
 from shoal.kernels.build import native_library
 from shoal.kernels.fp8_weight import Fp8ChannelWeight
-from shoal.kernels.plain_weight import PlainWeight
 from shoal.kernels.quantized_format import quantized_bytes
 from shoal.kernels.quantized_weight import QuantizedWeight
+from shoal.kernels.span_weight import SpanWeight, unpack_spans
 from shoal.kernels.weight import RoundedWeight
 from shoal.model.checkpoint import Checkpoint, CheckpointError, load_parameters
 from shoal.model.decoder import Stage
@@ -126,7 +126,7 @@ def test_the_ledger_counts_the_bytes_that_are_allocated(name: str, quantization:
 
 @pytest.mark.parametrize("quantization", BOTH)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "qwen2_moe"])
-def test_gpus_hold_the_same_codes_in_plain_order(
+def test_gpus_hold_the_same_codes_in_span_order(
     name: str, quantization: Quantization, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model(name, root)
@@ -135,14 +135,15 @@ def test_gpus_hold_the_same_codes_in_plain_order(
         blocked = quantized(folder, shard)
         with monkeypatch.context() as patch, Checkpoint(folder) as checkpoint:
             patch.setattr(device, "INTERPRET_CPU_TENSORS", True)
-            plain = load_parameters(checkpoint, family, spec, shard, torch.float32, CPU)
-        plain = prepare_weights(plain, None, head_is_shared=head_is_shared(spec, shard))
+            spans = load_parameters(checkpoint, family, spec, shard, torch.float32, CPU)
+        spans = prepare_weights(spans, None, head_is_shared=head_is_shared(spec, shard))
         for key, value in blocked.items():
             if isinstance(value, QuantizedWeight):
-                assert isinstance(plain[key], PlainWeight) and plain[key].shape == value.shape
-                codes, scales = value.plain()
-                assert torch.equal(plain[key].codes, codes) and torch.equal(plain[key].scales, scales)
-        assert weights_bytes(spec, shard, 4, "cuda") == sum(map(num_bytes, plain.values()))
+                found, codes, scales = spans[key], value.int_codes(), value.plain_scales()
+                assert isinstance(found, SpanWeight) and found.shape == value.shape
+                assert torch.equal(unpack_spans(found.codes, found.bits)[..., : codes.shape[-1]], codes)
+                assert torch.equal(found.scales[..., : scales.shape[-1]], scales)
+        assert weights_bytes(spec, shard, 4, "cuda") == sum(map(num_bytes, spans.values()))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe"])
