@@ -15,7 +15,7 @@ from shoal.kernels.quantize import quantize_groups
 from shoal.kernels.quantized_format import GROUP, SPAN, padded_spans
 from shoal.kernels.weight import RoundedWeight
 
-SLAB_ELEMENTS = 1 << 22  # weights made floats at once
+SLAB_ELEMENTS = 1 << 24  # weights made floats at once: 32 MiB, which the second-level cache of large GPUs holds
 
 
 def pack_spans(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -111,9 +111,17 @@ class SpanWeight(RoundedWeight):
         step = max(1, SLAB_ELEMENTS // max(1, self.shape[1]))
         for first in range(0, self.shape[0], step):
             held = slice(first, first + step)
-            weight = self.floats(self.codes[held], self.scales[held])
-            y_MN[:, held] = F.linear(x_MK, weight, None if bias is None else bias[held])
+            y_MN[:, held] = F.linear(x_MK, self.slab(held), None if bias is None else bias[held])
         return y_MN
+
+    def slab(self, held: slice) -> torch.Tensor:
+        """What some neighbouring columns stand for: [columns, inner]."""
+        if not on_gpu(self.codes):
+            return self.floats(self.codes[held], self.scales[held])
+        from shoal.kernels.gpu.few_bits_floats import launch_floats
+
+        codes, fours = self.codes[held], self.fours[held]
+        return launch_floats(codes, fours, self.shape[1], bits=self.bits, lead=self.lead, dtype=self.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See PreparedWeight."""

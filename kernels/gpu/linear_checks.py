@@ -11,6 +11,7 @@ from shoal.kernels.gpu.checks import Budget, Case, Outputs, Scale, Trial
 from shoal.kernels.gpu.elementwise_checks import kind_of
 from shoal.kernels.gpu.experts import launch_experts
 from shoal.kernels.gpu.few_bits import launch_few_bits
+from shoal.kernels.gpu.few_bits_floats import launch_floats
 from shoal.kernels.gpu.linear import launch_linear
 from shoal.kernels.gpu.matvec import launch_matvec
 from shoal.kernels.gpu.moe_routing import launch_moe_routing
@@ -45,6 +46,25 @@ def stored_weight(kind: str, columns: int, inner: int, dtype: torch.dtype, devic
     held = few_bits(weight.unsqueeze(0), 8 if kind == "int8" else 4, dtype).unstacked()[0]
     values = weight if device.type == "meta" else held.rows(torch.arange(columns, device=device)).float()
     return values, lambda x, bias, fixed: launch_few_bits(x, held, bias, deterministic=fixed)
+
+
+def floats_case(columns: int, inner: int, bits: int, dtype: torch.dtype, *, big: bool = False) -> Case:
+    """The floats of a weight of few bits, exact."""
+
+    def make(device: torch.device) -> Trial:
+        held = few_bits(torch.randn(1, columns, inner, device=device), bits, dtype).unstacked()[0]
+
+        def run() -> Outputs:
+            return (launch_floats(held.codes, held.fours, inner, bits=bits, lead=held.lead, dtype=dtype),)
+
+        def reference() -> Outputs:
+            return (held.rows(torch.arange(columns, device=device)),)
+
+        moved = held.nbytes + columns * inner * dtype.itemsize
+        return Trial(run=run, reference=reference, plain=None, bytes_moved=moved, flops=2 * columns * inner)
+
+    name = f"floats of int{bits} {inner} x {columns} {kind_of(dtype)}"
+    return Case(kernel="linear", name=name, dtype=dtype, make=make, budget=BUDGET if big else None, measured=big)
 
 
 def linear_case(
@@ -164,6 +184,8 @@ def cases(scale: Scale) -> Iterator[Case]:
             yield linear_case(3, 256, 70, dtype, kind, deterministic=False)
             yield linear_case(65, 640, 33, dtype, kind, deterministic=True)
             yield linear_case(5, 333, 130, dtype, kind, deterministic=False)
+        for bits in (8, 4):
+            yield floats_case(70, 333, bits, dtype)
         if dtype != torch.float32:
             yield linear_case(1, 640, 33, dtype, "one row", deterministic=False)
             yield linear_case(1, 333, 130, dtype, "one row", deterministic=False)
@@ -193,6 +215,8 @@ def cases(scale: Scale) -> Iterator[Case]:
             for kind in ("int8", "int4"):
                 yield linear_case(rows, 14336, 4096, bf16, kind, deterministic=False, big=True)
         yield linear_case(64, 4096, 6144, bf16, "int4", deterministic=True, big=True)
+        for bits in (8, 4):
+            yield floats_case(6144, 4096, bits, bf16, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=False, big=True)
         yield experts_case(16, 128, 8, 2048, 768, bf16, deterministic=True, big=True)
         for bits in (8, 4):

@@ -8,6 +8,7 @@ from shoal.kernels.linear import linear
 from tests.kernels.gpu_support import DEVICE, DTYPES, close, poisoned_empty, random  # noqa: F401
 
 from shoal.kernels.gpu.few_bits import cut_few_bits, launch_few_bits  # isort: skip
+from shoal.kernels.gpu.few_bits_floats import launch_floats  # isort: skip
 from shoal.kernels.gpu.linear import launch_linear, split_count  # isort: skip
 from shoal.kernels.gpu.matvec import WIDE, launch_matvec  # isort: skip
 from shoal.kernels.span_weight import SpanWeight  # isort: skip
@@ -101,6 +102,15 @@ def test_a_rows_bits_depend_on_nothing_but_the_row_with_few_bits(bits: int) -> N
     for rows in (1, 64, 65):
         assert torch.equal(launch_few_bits(x[:rows], weight, None, deterministic=True), whole[:rows])
         assert torch.equal(launch_few_bits(x[-rows:], weight, None, deterministic=True), whole[-rows:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "columns", "lead"), [(256, 33, 0), (70, 65, 5), (300, 7, 31), (0, 4, 0), (3, 0, 0)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_floats_of_few_bits_are_torchs(dtype: torch.dtype, inner: int, columns: int, lead: int, bits: int) -> None:
+    weight = few_bits(columns, inner, lead, bits, dtype)
+    got = launch_floats(weight.codes, weight.fours, inner, bits=bits, lead=lead, dtype=dtype)
+    assert torch.equal(got, weight.rows(torch.arange(columns, device=DEVICE)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
