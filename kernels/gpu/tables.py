@@ -10,10 +10,10 @@ ONE_ROW = (torch.bfloat16, torch.float16)
 """Dtypes of which one row alone is multiplied by gpu/matvec.py; more rows by cuBLAS, which is ahead of our linear from
 there on, in the kernel (1.2 to 1.9 times) and in what a launch costs the host. float16 was not measured."""
 
-DEQUANTISED_ROWS = {8: 1024, 4: 512}
-"""Bits of a weight: rows from which it is made floats, slab by slab, for cuBLAS, unless deterministic. At these rows
-the two were between 0.74 and 1.76 times each other's speed, by the weight's shape; at a quarter of them ours is ahead
-by 1.3 to 3, at four times as many the floats are, by 2 to 5 (int8 of 14336 inputs: ours still by 1.1)."""
+DEQUANTISED_ROWS = {8: 192, 4: 128}
+"""Bits of a weight: rows from which it is made floats, slab by slab, for cuBLAS, unless deterministic. Not measured:
+where the products of 64 rows at a time (27 and 30 us at 4096 x 6144) would take as long as writing and reading the
+floats (127 MB) and cuBLAS (23 to 27 us)."""
 
 GROUPED_MM_PRODUCTS = 3 << 30
 """Multiply-adds of one projection of an expert, on average, from which torch's grouped_mm takes the place of the Triton
