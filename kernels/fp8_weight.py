@@ -16,8 +16,6 @@ class Fp8ChannelWeight(RoundedWeight):
     shape; scales: float32 [(count,) columns, 1].
     """
 
-    kind = "e4m3"
-
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -4,8 +4,8 @@ among them: bit for bit, so a request's tokens do not depend on its batch.
 Deterministic paths: on a GPU the Triton kernel (kernels/gpu/linear.py); on a CPU the C kernel (one order of sums per
 element); without it torch's product over blocks of one shape (the last one padded), whose algorithm then is always the
 same. Otherwise the faster one of torch and ours, which for one row on a GPU is kernels/gpu/matvec.py. Types: float32,
-bfloat16, float16, accumulated in float32. A prepared weight (kernels/weight.py) multiplies itself, in one order of sums
-always.
+bfloat16, float16, accumulated in float32. A prepared weight (kernels/weight.py) multiplies itself, on CPUs in
+one order of sums always.
 """
 
 import torch

@@ -21,6 +21,7 @@ nibbles; scales [blocks, groups, BLOCK].
 
 GROUP = 32
 SPAN = 4 * GROUP
+SLAB = 1 << 24  # weights made floats at once on GPUs: 32 MiB, which the second-level cache of large ones holds
 BLOCK = 16
 SCALE_BYTES = 2
 

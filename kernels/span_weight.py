@@ -10,12 +10,10 @@ they stand for.
 import torch
 import torch.nn.functional as F
 
-from shoal.kernels.device import on_gpu
+from shoal.kernels.device import has_gpu_kernels, on_gpu
 from shoal.kernels.quantize import quantize_groups
-from shoal.kernels.quantized_format import GROUP, SPAN, padded_spans
+from shoal.kernels.quantized_format import GROUP, SLAB, SPAN, padded_spans
 from shoal.kernels.weight import RoundedWeight
-
-SLAB_ELEMENTS = 1 << 24  # weights made floats at once: 32 MiB, which the second-level cache of large GPUs holds
 
 
 def pack_spans(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -108,7 +106,7 @@ class SpanWeight(RoundedWeight):
     def multiply_floats(self, x_MK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product by torch, of weights made floats a slab of columns at a time."""
         y_MN = torch.empty((len(x_MK), self.shape[0]), dtype=self.dtype, device=self.device)
-        step = max(1, SLAB_ELEMENTS // max(1, self.shape[1]))
+        step = max(1, SLAB // max(1, self.shape[1]))
         for first in range(0, self.shape[0], step):
             held = slice(first, first + step)
             y_MN[:, held] = F.linear(x_MK, self.slab(held), None if bias is None else bias[held])
@@ -116,7 +114,7 @@ class SpanWeight(RoundedWeight):
 
     def slab(self, held: slice) -> torch.Tensor:
         """What some neighbouring columns stand for: [columns, inner]."""
-        if not on_gpu(self.codes):
+        if not has_gpu_kernels(self.device):
             return self.floats(self.codes[held], self.scales[held])
         from shoal.kernels.gpu.few_bits_floats import launch_floats
 

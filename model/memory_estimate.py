@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shoal.configs.schema import ShoalConfig
+from shoal.kernels.quantized_format import SLAB
 from shoal.model.kv_layout import kv_bytes_per_block, kv_itemsize
 from shoal.model.ledger import MemoryReport
 from shoal.model.parameters import local_parameters
@@ -54,12 +55,20 @@ def token_elements(spec: DecoderSpec, shard: ModelShard) -> int:
 
 def activation_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, itemsize: int) -> int:
     """Estimate of the largest step's temporary tensors on a rank; bring-up replaces it by a measurement: those of
-    max_num_batched_tokens tokens, or on the last stage what sampling takes, when that is more.
+    max_num_batched_tokens tokens, on GPUs with a slab of few-bit weights as floats, or on the last stage what sampling
+    takes, when that is more.
     """
     layers = config.scheduler.max_num_batched_tokens * token_elements(spec, shard) * itemsize
+    layers += slab_bytes(config, itemsize)
     if not shard.has_head:
         return layers
     return max(layers, sampling_bytes(spec, shard, config))
+
+
+def slab_bytes(config: ShoalConfig, itemsize: int) -> int:
+    """Most bytes of weights of few bits that are floats at one time, for products of many rows on a GPU."""
+    few_bits = config.model.quantization in ("int8", "int4") and config.runtime.device == "cuda"
+    return SLAB * itemsize if few_bits else 0
 
 
 def sampling_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig) -> int:
@@ -128,7 +137,7 @@ def graph_bytes(spec: DecoderSpec, shard: ModelShard, config: ShoalConfig, items
     for layer in spec.layers[shard.first_layer : shard.last_layer]:
         if layer.mixer.rope is not None and layer.mixer.rope not in ropes:
             ropes.append(layer.mixer.rope)
-    kept = rows * (stop - start) * itemsize + tokens * spec.hidden_size * itemsize
+    kept = rows * (stop - start) * itemsize + tokens * spec.hidden_size * itemsize + slab_bytes(config, itemsize)
     kept += 4 * positions * sum(rope.rotary_dim for rope in ropes)
     kept += 4 * rows * len(spec.cache_windows) * 2 * LARGEST_BATCHES * -(-positions // config.cache.block_size)
     return kept + 2 * passing + GRAPH_SCRATCH + MOST_GRAPHS * layers * GRAPH_BYTES_PER_LAYER

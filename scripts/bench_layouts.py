@@ -4,8 +4,8 @@ medians. What a layout costs where it gains nothing: on one machine's cores.
     python scripts/bench_layouts.py --model PATH --dtype bfloat16 --rounds 3 --json out.json
     python scripts/bench_layouts.py --shape 200m --layouts 1x1 1x2
 
-Layouts are tensor x pipeline. Workloads: `decode`, one stream of 64 tokens in and 96 out; 16, 32 and 64 requests at
-once of 64 in and 48 out. Tokens per second are output tokens over all of the time, prompts included.
+Layouts are tensor x pipeline. Workloads: `decode`, one stream of 64 tokens in and 96 out; 16, 32, 64 and 128 requests
+at once of 64 in and 48 out. Tokens per second are output tokens over all of the time, prompts included.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from shoal.configs.model_path import resolve_model_path
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_peers import SHAPES, make_model
 
-WORKLOADS = {"decode": (1, 64, 96), "16": (16, 64, 48), "32": (32, 64, 48), "64": (64, 64, 48)}
+WORKLOADS = {"decode": (1, 64, 96), "16": (16, 64, 48), "32": (32, 64, 48), "64": (64, 64, 48), "128": (128, 64, 48)}
 """Requests, tokens in, tokens out."""
 
 

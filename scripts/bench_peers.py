@@ -43,7 +43,7 @@ from typing import Any
 import torch
 
 from shoal.configs.model_path import resolve_model_path
-from shoal.launcher.machine import gemm_rate, read_bandwidth
+from shoal.launcher.machine import best_gemm_rate, read_bandwidth
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peer_llama_cpp import LlamaCpp
@@ -204,13 +204,6 @@ def measure(
             print(f"{name:8} tokens per {what}: {line}", flush=True)
         save(found, by_processor, limits)
     return found, by_processor, limits
-
-
-def best_gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The higher one of float32 and `dtype`: bfloat16 is multiplied as float32 where the processor has no instruction
-    for it.
-    """
-    return max(gemm_rate(device, one) for one in {torch.float32, dtype})
 
 
 LIMITS = {"decode": lambda device, _: read_bandwidth(device), "prompt": best_gemm_rate}

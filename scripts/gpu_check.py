@@ -78,10 +78,10 @@ def plan(args: argparse.Namespace, families: list[str]) -> list[Job]:
         for name in DETERMINISTIC
         if name in families and args.only in f"deterministic {name}"
     ]
-    jobs = [job._replace(arguments=[*job.arguments, *common]) for job in parts] + bits + models
-    if args.interpret:
-        return jobs
-    jobs.insert(0, Job("graphs", ["graphs", "--only", args.only, *common]))
+    jobs = [job._replace(arguments=[*job.arguments, *common]) for job in parts]
+    if args.interpret:  # whose products have no one order of sums: bits are nothing to compare
+        return jobs + models
+    jobs = [Job("graphs", ["graphs", "--only", args.only, *common]), *jobs, *bits, *models]
     tool = shutil.which("compute-sanitizer")
     if tool is not None:
         command = (tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
@@ -211,7 +211,9 @@ def main() -> int:
     parser.add_argument("--read", type=Path, help="run nothing, take the rows that --json wrote")
     parser.add_argument("--write", type=Path, help="with --report or --read: put it between the marks of this page")
     parser.add_argument(
-        "--only", default="", help="checks whose kernel and name (or `model NAME tpN ppN`) contain this"
+        "--only",
+        default="",
+        help="checks whose kernel and name (or `model NAME tpN ppN`, `deterministic NAME`) contain this",
     )
     parser.add_argument("--families", nargs="*", help="tiny models to run; default: all, with --interpret llama alone")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)

@@ -195,36 +195,32 @@ def check_bits(args: argparse.Namespace) -> None:
     """With `deterministic`, tokens and log-probabilities are the same bits alone and in a crowd, in any chunks, with
     and without cached prefixes, from blocks of another size, kernel by kernel, and on tensor ranks in a crowd.
     """
-    from shoal.kernels import device
-
-    count, longest = (3, 3) if args.interpret else (9, 20)
-    prompts, asked = asked_requests(args.seed, count, longest, logprobs=2)
+    prompts, asked = asked_requests(args.seed, 9, 20, logprobs=2)
     prompts = [prompts[0][:1] * 5 + prompt for prompt in prompts]  # blocks that can be shared
-    plain: dict[str, Any] = {"device": "cuda"}
-    if args.interpret:
-        device.INTERPRET_CPU_TENSORS, plain = True, {"device": "cpu", "native": "off"}
     sharded, chunked = {"tensor_parallel_size": 2, "ranks_per_device": 2}, {"max_num_batched_tokens": 7}
     ways: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [  # name, as asked, as compared, requests
         ("alone", {}, {}, 1),
-        ("in chunks, three rows at most", {}, {**chunked, "max_num_seqs": 3}, count),
-        ("blocks of 7, nothing shared", {}, {"block_size": 7, "enable_prefix_caching": False}, count),
-        ("kernel by kernel", {}, {"enforce_eager": True}, count),
+        ("in chunks, three rows at most", {}, {**chunked, "max_num_seqs": 3}, 9),
+        ("blocks of 7, nothing shared", {}, {"block_size": 7, "enable_prefix_caching": False}, 9),
+        ("kernel by kernel", {}, {"enforce_eager": True}, 9),
         ("tensor 2, alone", sharded, sharded, 1),
-        ("tensor 2, in chunks", sharded, {**sharded, **chunked}, count),
+        ("tensor 2, in chunks", sharded, {**sharded, **chunked}, 9),
     ]
     known: dict[tuple[str, ...], list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = make_tiny(args.name, folder)
-        for dtype in ("float32", "bfloat16"):
-            for name, first, second, some in ways[:3] if args.interpret else ways:
-                common = {**plain, "dtype": dtype, "deterministic": True, "block_size": 4}
-                key = (dtype, *first)
+        for dtype, quantization in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int4")):
+            for name, first, second, some in ways if quantization == "none" else ways[:2]:
+                common = {"device": "cuda", "dtype": dtype, "quantization": quantization, "deterministic": True,
+                          "block_size": 4}  # fmt: skip
+                key = (dtype, quantization, *first)
                 if key not in known:
                     known[key] = bits_of(path, prompts, asked, {**common, **first})
                 found = bits_of(path, prompts[:some], asked[:some], {**common, **second})
                 differ = [(a, b) for a, b in zip(found, known[key][:some], strict=True) if a != b]
                 detail = f"{len(differ)} of {some} requests differ" + f": {differ[:1]}"[:300] * bool(differ)
-                tell(check="deterministic", name=f"{args.name} {dtype}, {name}", ok=not differ, detail=detail)
+                case = ", ".join([f"{args.name} {dtype}", *([quantization] if quantization != "none" else []), name])
+                tell(check="deterministic", name=case, ok=not differ, detail=detail)
 
 
 def make_tiny(name: str, folder: str) -> str:

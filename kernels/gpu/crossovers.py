@@ -12,11 +12,12 @@ from shoal.kernels.fp8_linear import quantize_rows, quantize_weight, scaled_mm
 from shoal.kernels.gpu.experts import grouped_mm_experts, launch_experts
 from shoal.kernels.gpu.few_bits import launch_few_bits
 from shoal.kernels.gpu.linear import launch_linear
+from shoal.kernels.gpu.matvec import launch_matvec
 from shoal.kernels.gpu.moe_combine import launch_moe_combine
 from shoal.kernels.span_weight import SpanWeight
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
-FEW_BITS_ROWS = (64, 256, 512, 1024, 4096)
+FEW_BITS_ROWS = (64, 128, 192, 256, 512, 1024, 4096)
 WEIGHTS = ((6144, 4096), (4096, 14336), (2560, 2048))
 EXPERT_TOKENS = (64, 512, 1024, 2048, 4096, 8192)
 Run = Callable[[], Any]
@@ -30,10 +31,11 @@ class Contest(NamedTuple):
 
 
 def dense(rows: int, columns: int, inner: int) -> tuple[Run, Run]:
-    """The linear of a 16-bit weight beside cuBLAS."""
+    """The linear of a 16-bit weight beside cuBLAS; one row is matvec.py's."""
     x = torch.randn(rows, inner, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(columns, inner, dtype=torch.bfloat16, device="cuda")
-    return lambda: launch_linear(x, weight, deterministic=False), lambda: F.linear(x, weight)
+    ours = partial(launch_linear, deterministic=False) if rows > 1 else launch_matvec
+    return lambda: ours(x, weight), lambda: F.linear(x, weight)
 
 
 def fp8(rows: int, columns: int, inner: int) -> tuple[Run, Run]:

@@ -88,7 +88,7 @@ def few_bits_kernel(
     x_ptr, codes_ptr, scales_ptr, bias_ptr, y_ptr, parts_ptr, num_rows, num_columns, inner, lead, splits,
     spans_per_split, x_stride, codes_stride, y_stride, scales_stride,
     BITS: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, LOOPED: tl.constexpr,
-    ROWS: tl.constexpr,    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile. PARTS: over the split program_id(2), to the workspace [splits, num_rows, num_columns]; else over all of
     them, LOOPED: there are several.

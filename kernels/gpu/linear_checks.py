@@ -67,6 +67,28 @@ def floats_case(columns: int, inner: int, bits: int, dtype: torch.dtype, *, big:
     return Case(kernel="linear", name=name, dtype=dtype, make=make, budget=BUDGET if big else None, measured=big)
 
 
+def bits_case(kind: str) -> Case:
+    """One row's bits, alone and as the last of 130: exact, with splits in the workspace and within programs."""
+
+    def make(device: torch.device) -> Trial:
+        rows, inner, columns = 130, 2048, 96
+        x, bias = (torch.randn(*shape, device=device).to(torch.bfloat16) for shape in ((rows, inner), (columns,)))
+        _, product = stored_weight(kind, columns, inner, torch.bfloat16, device)
+
+        def last(count: int) -> torch.Tensor:
+            return product(x[-count:], bias, True)[-1]
+
+        return Trial(
+            run=lambda: (torch.stack([last(count) for count in (1, 2, 64, 65)]),),
+            reference=lambda: (last(rows).expand(4, -1),),
+            plain=None,
+            bytes_moved=0,
+            flops=0,
+        )
+
+    return Case(kernel="linear", name=f"{kind}, bits of a row", dtype=torch.bfloat16, make=make)
+
+
 def linear_case(
     rows: int, inner: int, columns: int, dtype: torch.dtype, kind: str, *, deterministic: bool, big: bool = False
 ) -> Case:
@@ -195,6 +217,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield experts_case(9, 7, 3, 40, 18, dtype, deterministic=True, first=3, bits=4)
     if scale == "full":
         bf16 = torch.bfloat16
+        yield from (bits_case(kind) for kind in BYTES)
         for dtype in types:
             for rows in (1, 16, 63, 300):
                 for kind in BYTES:

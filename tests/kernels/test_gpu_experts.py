@@ -97,6 +97,19 @@ def test_experts_of_few_bits_match_the_loop_over_their_values(dtype: torch.dtype
         close(got, reference(x, values[0], values[1], weights, ids, 0), times=6)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_of_few_bits_and_whole_spans(bits: int) -> None:
+    x, (weights, ids), stacks = random(TOKENS, 256), routing(), []
+    for shape in ((EXPERTS, 2 * 128, 256), (EXPERTS, 256, 128)):
+        stack = SpanWeight.zeros(shape, bits, 0, dtype=torch.float32, device=DEVICE)
+        for one in stack.unstacked():
+            one.put(0, random(*one.shape) / 16)
+        stacks.append(stack)
+    values = [torch.stack([one.rows(torch.arange(one.shape[0])) for one in stack.unstacked()]) for stack in stacks]
+    got = launch_experts(x, *stacks, weights, ids, 0, KINDS["silu"], deterministic=False)
+    close(got, reference(x, *values, weights, ids, 0), times=6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("first", [0, 3])
 def test_experts_in_fp8_match_the_loop_over_rounded_values(dtype: torch.dtype, first: int) -> None:

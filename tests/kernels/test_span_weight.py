@@ -54,12 +54,18 @@ def test_many_rows_go_through_floats_unless_deterministic(bits: int, monkeypatch
         pytest.skip("runs in Triton's interpreter only")
     monkeypatch.setattr(device, "INTERPRET_CPU_TENSORS", True)
     monkeypatch.setattr("shoal.kernels.gpu.tables.DEQUANTISED_ROWS", {bits: 4})
-    monkeypatch.setattr("shoal.kernels.span_weight.SLAB_ELEMENTS", 7 * INNER)
+    monkeypatch.setattr("shoal.kernels.span_weight.SLAB", 7 * INNER)
+    from shoal.kernels.gpu import few_bits_floats
+
+    slabs, launch = [], few_bits_floats.launch_floats
+    monkeypatch.setattr(few_bits_floats, "launch_floats", lambda *a, **k: slabs.append(launch(*a, **k)) or slabs[-1])
     weight, values = stored(bits)
     x, bias = torch.randn(4, INNER), torch.randn(COLUMNS)
     alone = linear(x[:1], weight, bias, deterministic=True)
     assert torch.equal(linear(x, weight, bias, deterministic=True)[:1], alone)
+    assert not slabs
     got = linear(x, weight, bias, deterministic=False)
+    assert len(slabs) == -(-COLUMNS // 7) and torch.equal(torch.cat(slabs), values)
     assert torch.equal(got[:, :7], torch.nn.functional.linear(x, values[:7], bias[:7]))
     torch.testing.assert_close(got, x @ values.t() + bias, rtol=1e-5, atol=1e-5)
 
