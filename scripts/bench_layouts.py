@@ -11,6 +11,7 @@ at once of 64 in and 48 out. Tokens per second are output tokens over all of the
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -29,16 +30,17 @@ WORKLOADS = {"decode": (1, 64, 96), "16": (16, 64, 48), "32": (32, 64, 48), "64"
 """Requests, tokens in, tokens out."""
 
 
-def run_layout(model: Path, dtype: str, layout: str, threads: int, seed: int) -> dict[str, float]:
+def run_layout(model: Path, layout: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Output tokens per second of every workload on one layout, started for it."""
     tensor, pipeline = (int(number) for number in layout.split("x"))
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     rng, found = random.Random(seed), {}
     with LLM(
-        str(model), dtype=dtype, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline,
-        skip_tokenizer_init=True, threads=threads // (tensor * pipeline),
+        str(model), dtype=args.dtype, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline,
+        skip_tokenizer_init=True, threads=args.threads // (tensor * pipeline),
     ) as llm:  # fmt: skip
-        for name, (requests, length, tokens) in WORKLOADS.items():
+        for name in args.workloads:
+            requests, length, tokens = WORKLOADS[name]
             for count in (8, tokens):  # the first is the warm-up
                 prompts = [{"prompt_token_ids": [rng.randrange(vocab) for _ in range(length)]} for _ in range(requests)]
                 params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
@@ -55,30 +57,32 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="make a random model of this shape instead")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2"], help="tensor x pipeline")
+    parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the rounds here, as they come")
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         parser.error("give either --model or --shape")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ranks and files end with this process
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(args.shape, Path(folder), args.dtype) if args.shape else Path(resolve_model_path(args.model))
         rounds: dict[str, list[dict[str, float]]] = {layout: [] for layout in args.layouts}
         for number in range(args.rounds):
             for layout, found in rounds.items():
-                found.append(run_layout(model, args.dtype, layout, args.threads, args.seed + number))
+                found.append(run_layout(model, layout, args, args.seed + number))
                 print(f"round {number + 1}, {layout}: {found[-1]}", flush=True)
+                if args.json is not None:
+                    settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
+                    args.json.write_text(json.dumps({"settings": settings, "rounds": rounds}, indent=1) + "\n")
     base = rounds[args.layouts[0]]
     print(f"{'workload':10}" + "".join(f"{layout:>18}" for layout in args.layouts) + "   output tok/s")
-    for name in WORKLOADS:
+    for name in args.workloads:
         medians = [statistics.median(one[name] for one in rounds[layout]) for layout in args.layouts]
         first = statistics.median(one[name] for one in base)
         print(f"{name:10}" + "".join(f"{median:9.1f} ({median / first:4.2f}x)" for median in medians))
-    if args.json is not None:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(json.dumps({"settings": settings, "rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
