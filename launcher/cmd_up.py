@@ -70,10 +70,12 @@ async def _up(order: DetachedOrder) -> None:
             door = await _until_ready(actor, launcher.start_timeout_s)
             print(await actor.call("report"), file=sys.stderr)
         except BaseException:
-            with contextlib.suppress(EngineError):
-                await actor.call("down", 0.0, timeout_s=END_TIMEOUT_S)  # its journal goes, too
-            actor.kill()
-            end_crews(cluster, order.name)
+            try:
+                with contextlib.suppress(EngineError):
+                    await actor.call("down", 0.0, timeout_s=END_TIMEOUT_S)  # its journal goes, too
+            finally:  # another Ctrl-C included
+                actor.kill()
+                end_crews(cluster, order.name)
             raise
         print(f"{order.name} is up and takes front ends at {door.address}")
     finally:

@@ -248,14 +248,14 @@ class Journal:
                 size += len(record)
             os.fdatasync(fd)  # a name must not come to stand for what the disk does not hold
             os.replace(temporary, self.path)
-            _sync_folder(self.path)
         except BaseException:
             os.close(fd)
             temporary.unlink(missing_ok=True)
             raise
-        self._sync.switch(fd)
+        self._sync.switch(fd)  # from here on the old file has no name: what is written to it would be lost
         os.close(self._fd)
         self._fd, self._bytes = fd, size
+        _sync_folder(self.path)
 
     def _live_records(self) -> Iterator[bytes]:
         if self.wanted is not None:

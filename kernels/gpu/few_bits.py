@@ -19,16 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from shoal.kernels.gpu.linear import (
-    ADDED_COLUMNS,
-    ROWS_FIXED,
-    TARGET_PROGRAMS,
-    Cut,
-    add_parts_kernel,
-)
+from shoal.kernels import quantized_format
+from shoal.kernels.gpu.linear import ADDED_COLUMNS, ROWS_FIXED, TARGET_PROGRAMS, Cut, add_parts_kernel
 from shoal.kernels.span_weight import SpanWeight
 
-SPAN = tl.constexpr(128)
+SPAN = tl.constexpr(quantized_format.SPAN)
 """Inputs of a step: four groups."""
 COLUMNS = {8: 64, 4: 128}
 """Of a tile; with three stages the fastest on an H200 of those tried, for 1 to 64 rows."""

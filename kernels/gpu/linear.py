@@ -1,4 +1,4 @@
-"""y = x w^T + b for few rows (decode), and for any number of rows when deterministic.
+"""y = x w^T + b for any number of rows when deterministic, and with FP8 weights where torch has no product for them.
 
 x: [rows, inner], float32, bfloat16, float16, any row stride; weight: [columns, inner], adjacent inner: "dense", of x's
 dtype; or "e4m3", w = q s[column // scale_rows, k // scale_columns]: q e4m3, one scale per tensor, channel or block.

@@ -297,6 +297,22 @@ def test_a_rewritten_journal_is_on_the_disk_before_it_takes_the_place(
     assert order.index("j.new") < order.index("replace")
 
 
+def test_what_follows_a_rewriting_whose_folder_could_not_be_synced_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.accepted(request([1], 9, "before"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shoal.launcher.journal._sync_folder", lambda path: os.rmdir(path))  # which is no folder
+        with pytest.raises(NotADirectoryError):
+            journal.compact()
+    journal.accepted(request([1], 9, "after"))
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert [*again.live] == ["before", "after"]
+    again.close()
+
+
 @pytest.mark.parametrize("lost", [1, 8, 40, 200])
 def test_what_a_power_loss_left_as_zeros_is_cut_off(tmp_path: Path, lost: int) -> None:
     journal = Journal(tmp_path / "j")

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from shoal.configs.schema import CacheConfig, ParallelConfig, RuntimeConfig, SchedulerConfig, ShoalConfig
+from shoal.kernels.quantized_format import SLAB
 from shoal.model.families import build_spec
 from shoal.model.ledger import CachePlan, MemoryReport, blocks_per_sequence, plan_cache
 from shoal.model.ledger_table import format_ledger
@@ -238,6 +239,22 @@ def test_graphs_of_steps_take_memory_on_gpus_unless_steps_are_eager() -> None:
 
     assert activations("cuda", enforce_eager=False) > 500 * MIB + activations("cuda", enforce_eager=True)
     assert activations("cuda", enforce_eager=True) == activations("cpu", enforce_eager=False)
+
+
+def test_few_bits_count_a_slab_of_floats_on_gpus() -> None:
+    spec, found = llama_7b(), {}
+    for device, quantization in (("cuda", "none"), ("cuda", "int4"), ("cpu", "none"), ("cpu", "int4")):
+        settings = config()
+        settings = msgspec.structs.replace(
+            settings,
+            scheduler=SchedulerConfig(max_num_batched_tokens=1 << 14),  # their tensors outweigh what sampling takes
+            runtime=RuntimeConfig(device=device, enforce_eager=True),  # type: ignore[arg-type]
+            model=msgspec.structs.replace(settings.model, quantization=quantization),
+        )
+        [shard] = shard_model(spec, ParallelConfig(), quantization)  # type: ignore[arg-type]
+        [one] = estimate_reports(spec, [shard], settings, itemsize=2, available_bytes=64 << 30)
+        found[device, quantization] = one.activation_bytes
+    assert found["cuda", "int4"] == found["cuda", "none"] + 2 * SLAB and found["cpu", "int4"] == found["cpu", "none"]
 
 
 def test_graphs_are_no_larger_than_steps_can_be() -> None:
