@@ -78,6 +78,13 @@ def _layout(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
             message=f"must have one number per stage: {len(layers)} numbers, but parallel.pipeline is "
             f"{parallel.pipeline} (-pp {len(layers)} would fit)",
         )
+    if parallel.micro_batches is not None and parallel.micro_batches > parallel.pipeline:
+        yield Problem(
+            key="parallel.micro_batches",
+            value=parallel.micro_batches,
+            message=f"must be at most parallel.pipeline, which is {parallel.pipeline}: a stage computes one step at a "
+            "time; lower it or leave it out",
+        )
 
 
 def _cache(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
@@ -266,7 +273,16 @@ _CHECKS: tuple[tuple[_Check, tuple[str, ...]], ...] = (
             "runtime.device",
         ),
     ),
-    (_layout, ("parallel.tensor", "parallel.pipeline", "parallel.tensor_weights", "parallel.pipeline_layers")),
+    (
+        _layout,
+        (
+            "parallel.tensor",
+            "parallel.pipeline",
+            "parallel.tensor_weights",
+            "parallel.pipeline_layers",
+            "parallel.micro_batches",
+        ),
+    ),
     (_cache, ("cache.num_blocks", "cache.memory", "cache.block_size", "model.max_model_len")),
     (_scheduler, ("scheduler.max_num_seqs", "scheduler.max_num_batched_tokens")),
     (_routing, ("launcher.routing", "launcher.load_factor", "cache.enable_prefix_caching")),

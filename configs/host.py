@@ -16,6 +16,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def memory_nodes() -> int:
+    """Parts of this host's memory that have cores of their own (NUMA nodes); 1 where the kernel does not say."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+
+
 def available_host_bytes() -> int:
     """Memory that could be taken now without swapping: the kernel's estimate, or what the container's limit leaves."""
     with open("/proc/meminfo") as lines:

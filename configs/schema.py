@@ -111,6 +111,14 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         list[Positive] | None,
         Meta(description="Layers of each stage, such as [10, 12]; default: balanced by predicted cost."),
     ] = None
+    micro_batches: Annotated[
+        RankCount | None,
+        Meta(
+            description="Steps under way at once, among which running requests are divided; at most one per stage. "
+            "Default: one per stage, so that all work side by side; but 1 where the stages share one host's cores and "
+            "runtime.threads is left out: they take turns, each with the threads of all."
+        ),
+    ] = None
     ranks_per_device: Annotated[
         RankCount,
         Meta(
@@ -301,7 +309,7 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     ] = None
     threads: Annotated[
         Positive | None,
-        Meta(description="CPU threads per rank; default: the host's cores divided by its ranks."),
+        Meta(description="CPU threads per rank; default: the host's cores divided by its ranks that work at once."),
     ] = None
     pin_cores: Annotated[
         bool,

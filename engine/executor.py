@@ -31,8 +31,9 @@ class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What an executor offers the scheduler. max_in_flight: plans that may be launched before the first result is
-    taken, as stages of a pipeline work on them side by side. overlap: one more may be, whose rows follow those of the
-    plan before with tokens that nobody but the ranks knows yet (TokenRef), so that planning takes no time from them.
+    taken, as stages of a pipeline work on them side by side (parallel.micro_batches). overlap: one more may be, whose
+    rows follow those of the plan before with tokens that nobody but the ranks knows yet (TokenRef), so that planning
+    takes no time from them.
     """
 
     block_size: int

@@ -6,8 +6,8 @@ from shoal.model.spec import DecoderSpec
 
 
 def make_capacity(plan: CachePlan, spec: DecoderSpec, *, max_in_flight: int, overlap: bool = False) -> Capacity:
-    """The capacity of a replica whose ranks hold the plan's blocks. max_in_flight: plans at once, one per stage;
-    overlap: and one that follows (Capacity).
+    """The capacity of a replica whose ranks hold the plan's blocks. max_in_flight: plans at once, one per stage at
+    most; overlap: and one that follows (Capacity).
     """
     groups = [
         CacheGroup(name="full" if window is None else f"window{window}", window=window, num_blocks=count)

@@ -132,13 +132,17 @@ def cores_of_ranks(config: ShoalConfig) -> list[tuple[int, ...]]:
     """Cores for every rank of all replicas to keep to, by runtime.pin_cores; none where that gains nothing.
 
     Ranks of a tensor group wait for each other many times a layer, and one that shares a core keeps the others waiting.
-    Stages of a pipeline wait less, and gain from a core that another leaves idle.
+    Stages of a pipeline wait less, and gain from a core that another leaves idle; where they take turns, the groups of
+    all stages keep to the same cores.
     """
-    threads, usable = config.runtime.threads or 1, sorted(os.sched_getaffinity(0))
-    wanted = config.runtime.pin_cores and config.runtime.device == "cpu" and config.parallel.tensor > 1
-    if not wanted or config.world_size * threads > len(usable):
+    layout, threads, usable = config.parallel, config.runtime.threads or 1, sorted(os.sched_getaffinity(0))
+    wanted = config.runtime.pin_cores and config.runtime.device == "cpu" and layout.tensor > 1
+    ranks = range(config.ranks_per_replica)
+    at_once = layout.tensor if layout.micro_batches == 1 else len(ranks)  # of a replica's ranks
+    if not wanted or layout.data * at_once * threads > len(usable):
         return []
-    return [tuple(usable[rank * threads : (rank + 1) * threads]) for rank in range(config.world_size)]
+    places = [replica * at_once + rank % at_once for replica in range(layout.data) for rank in ranks]
+    return [tuple(usable[place * threads : (place + 1) * threads]) for place in places]
 
 
 def device_of(config: ShoalConfig, local_rank: int) -> str:

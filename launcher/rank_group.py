@@ -235,5 +235,6 @@ class RankGroup:
             device_type=config.runtime.device,
             ranks_per_device=self._bootstrap.ranks_per_device,
         )
-        capacity = make_capacity(plan, spec, max_in_flight=config.parallel.pipeline)
+        assert config.parallel.micro_batches is not None, "settled"
+        capacity = make_capacity(plan, spec, max_in_flight=config.parallel.micro_batches)
         return capacity, format_ledger(reports, self._bootstrap.shards, config.cache.reserve, plan)

@@ -251,17 +251,15 @@ class RayFleet:
         places = list(self._places.values())
         posts = [post for place in places for post in place.posts]
         most = max(self._ranks_on(post.report.host) for post in posts)
-        config = self._config
-        if config.runtime.threads is None:
-            threads = min(max(1, post.report.cores // self._ranks_on(post.report.host)) for post in posts)
-            config = msgspec.structs.replace(config, runtime=msgspec.structs.replace(config.runtime, threads=threads))
+        shares = [(post.report.cores, self._ranks_on(post.report.host)) for post in posts]
         host = Host(
             gpus=most if self._device == "cuda" else 0,
             native=all(post.report.native for post in posts),
             ranks=most,
             one_host=all(place.one_host for place in places),
+            cores=min(shares, key=lambda share: share[0] / share[1]),
         )
-        return settle(config, self._spec, host)
+        return settle(self._config, self._spec, host)
 
     def _handle(self, number: int, place: Place) -> RayReplica:
         settled, first = self.settled, place.posts[0]
@@ -273,8 +271,12 @@ class RayFleet:
             one_host=place.one_host,
         )
         collectives = choose_collectives(self._config, host, self._device)
-        runtime = msgspec.structs.replace(settled.config.runtime, collectives=collectives)
-        config = msgspec.structs.replace(settled.config, runtime=runtime)
+        replace = msgspec.structs.replace
+        runtime = replace(settled.config.runtime, collectives=collectives)
+        parallel = settled.config.parallel
+        if not place.one_host:  # hosts work side by side, whatever the first places were
+            parallel = replace(parallel, micro_batches=self._config.parallel.micro_batches or parallel.pipeline)
+        config = replace(settled.config, runtime=runtime, parallel=parallel)
         shards, key = shard_model(self._spec, config.parallel, config.model.quantization), new_key()
         assert config.runtime.threads is not None, "settled"
         listener = Listener.unix() if first.report.host == host_id() else Listener.tcp(self._own.address)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal.configs.host import usable_cores
+from shoal.configs.host import memory_nodes, usable_cores
 from shoal.configs.schema import ShoalConfig
 from shoal.model.spec import DecoderSpec
 from shoal.parallel.shm_segment import MAX_RANKS
@@ -21,13 +21,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """What this host offers the launch.
 
     gpus: that torch sees. native: the C kernels are there. ranks: of all replicas, on this host. one_host: every rank
-    of a replica is on the same host as the others.
+    of a replica is on the same host as the others. cores: of the host that has the fewest for each of its ranks, and
+    how many ranks these are; None: of this host.
     """
 
     gpus: int
     native: bool
     ranks: int
     one_host: bool = True
+    cores: tuple[int, int] | None = None
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +48,8 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     collectives = choose_collectives(config, host, device)
     check_quantization(config, device)
     check_eager(config, device)
-    threads = config.runtime.threads or max(1, usable_cores() // host.ranks)
+    micro_batches = choose_micro_batches(config, host, device)
+    threads = config.runtime.threads or choose_threads(config, host, micro_batches)
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
         raise ValueError(
@@ -60,6 +63,7 @@ def settle(config: ShoalConfig, spec: DecoderSpec, host: Host) -> Settled:
     settled = replace(
         config,
         model=replace(config.model, dtype=dtype, max_model_len=max_model_len),
+        parallel=replace(config.parallel, micro_batches=micro_batches),
         runtime=replace(
             config.runtime, device=device, collectives=collectives, threads=threads, native=native, seed=seed
         ),
@@ -137,6 +141,24 @@ def choose_collectives(config: ShoalConfig, host: Host, device: Device) -> Liter
     return "shm" if host.native and host.one_host and size <= MAX_RANKS else "gloo"
 
 
+def choose_micro_batches(config: ShoalConfig, host: Host, device: Device) -> int:
+    """Steps under way at once. Stages that share a host's cores gain nothing side by side: each would read its weights
+    once for every part of the requests, and one of them would wait for the other.
+    """
+    asked, stages = config.parallel.micro_batches, config.parallel.pipeline
+    if asked is not None:
+        return asked
+    take_turns = device == "cpu" and host.one_host and config.runtime.threads is None and memory_nodes() == 1
+    return 1 if take_turns else stages
+
+
+def choose_threads(config: ShoalConfig, host: Host, micro_batches: int) -> int:
+    """Threads for each rank, of the cores for those that work at once."""
+    cores, ranks = host.cores or (usable_cores(), host.ranks)
+    turns = config.parallel.pipeline if host.one_host else micro_batches  # elsewhere a host has some of the stages
+    return max(1, cores * turns // (ranks * micro_batches))
+
+
 def _notes(config: ShoalConfig, host: Host) -> list[str]:
     """What was chosen, for people."""
     layout, runtime = config.parallel, config.runtime
@@ -148,6 +170,8 @@ def _notes(config: ShoalConfig, host: Host) -> list[str]:
     if layout.ranks_per_device > 1:
         between += f", {layout.ranks_per_device} ranks per GPU"
     threads = f", {runtime.threads} {'thread' if runtime.threads == 1 else 'threads'} per rank"
+    if layout.pipeline > 1 and layout.micro_batches == 1:
+        between += ", stages take turns"
     kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
     notes = [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "

@@ -1,11 +1,13 @@
-"""One rank with all threads beside tensor 2 and pipeline 2 with a share of them each: the same token ids, alternating,
+"""One rank with all threads beside tensor 2 and pipeline 2 on as many: the same token ids, alternating,
 medians. What a layout costs where it gains nothing: on one machine's cores.
 
     python scripts/bench_layouts.py --model PATH --dtype bfloat16 --rounds 3 --json out.json
     python scripts/bench_layouts.py --shape 200m --layouts 1x1 1x2
 
-Layouts are tensor x pipeline. Workloads: `decode`, one stream of 64 tokens in and 96 out; 16, 32, 64 and 128 requests
-at once of 64 in and 48 out. Tokens per second are output tokens over all of the time, prompts included.
+Layouts are tensor x pipeline, or tensor x pipeline x micro-batches: one where nothing is said, so that stages take
+turns with all threads; with two, two stages have a part of the threads each. Workloads: `decode`, one stream of 64
+tokens in and 96 out; 16, 32, 64 and 128 requests at once of 64 in and 48 out. Tokens per second are output tokens over
+all of the time, prompts included.
 """
 
 import argparse
@@ -32,12 +34,12 @@ WORKLOADS = {"decode": (1, 64, 96), "16": (16, 64, 48), "32": (32, 64, 48), "64"
 
 def run_layout(model: Path, layout: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Output tokens per second of every workload on one layout, started for it."""
-    tensor, pipeline = (int(number) for number in layout.split("x"))
+    tensor, pipeline, micro_batches = (int(number) for number in f"{layout}x1".split("x")[:3])
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     rng, found = random.Random(seed), {}
     with LLM(
         str(model), dtype=args.dtype, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline,
-        skip_tokenizer_init=True, threads=args.threads // (tensor * pipeline),
+        micro_batches=micro_batches, skip_tokenizer_init=True, threads=args.threads // (tensor * micro_batches),
     ) as llm:  # fmt: skip
         for name in args.workloads:
             requests, length, tokens = WORKLOADS[name]
@@ -56,7 +58,8 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint folder, or `demo`")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="make a random model of this shape instead")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--layouts", nargs="+", default=["1x1", "2x1", "1x2"], help="tensor x pipeline")
+    layouts = ["1x1", "2x1", "1x2", "1x2x2"]
+    parser.add_argument("--layouts", nargs="+", default=layouts, help="TENSORxPIPELINE[xMICRO_BATCHES]")
     parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
     parser.add_argument("--rounds", type=int, default=3)

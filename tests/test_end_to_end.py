@@ -50,7 +50,7 @@ def single() -> list[list[int]]:
 @pytest.mark.parametrize(
     "layout",
     [
-        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "micro_batches": 2},
         {"tensor_parallel_size": 3},
         {"data_parallel_size": 2},
     ],

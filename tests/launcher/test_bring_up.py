@@ -66,6 +66,27 @@ def test_tensor_ranks_keep_to_cores_of_their_own_where_there_are_enough(
     assert cores_of_ranks(config) == expected
 
 
+@pytest.mark.parametrize(
+    ("micro_batches", "data", "expected"),
+    [
+        (1, 1, [(1,), (3,), (1,), (3,)]),  # two stages in turn on the same cores
+        (1, 2, [(1,), (3,), (1,), (3,), (5,), (7,), (5,), (7,)]),
+        (1, 3, []),
+        (2, 1, [(1,), (3,), (5,), (7,)]),
+        (2, 2, []),
+    ],
+)
+def test_stages_that_take_turns_keep_to_the_same_cores(
+    micro_batches: int, data: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7, 1, 5, 3})
+    config = ShoalConfig(
+        parallel=ParallelConfig(tensor=2, pipeline=2, data=data, micro_batches=micro_batches),
+        runtime=RuntimeConfig(device="cpu", threads=1),
+    )
+    assert cores_of_ranks(config) == expected
+
+
 def test_a_missing_model_and_an_impossible_layout_are_refused_before_a_process_starts() -> None:
     with pytest.raises(ValueError, match=r"model\.path is not set"):
         asyncio.run(start_engine(load_config(), None))

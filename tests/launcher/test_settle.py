@@ -54,6 +54,37 @@ def test_what_was_set_stays() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "threads", "host", "expected"),
+    [
+        (None, None, Host(gpus=0, native=True, ranks=4, cores=(8, 4)), (1, 4)),  # in turn: a pair with all eight
+        (2, None, Host(gpus=0, native=True, ranks=4, cores=(8, 4)), (2, 2)),
+        (None, 3, Host(gpus=0, native=True, ranks=4, cores=(8, 4)), (2, 3)),  # of so many threads, all are used
+        (1, 3, Host(gpus=0, native=True, ranks=4, cores=(8, 4)), (1, 3)),
+        (None, None, Host(gpus=0, native=True, ranks=2, one_host=False, cores=(8, 2)), (2, 4)),
+        (1, None, Host(gpus=0, native=True, ranks=2, one_host=False, cores=(8, 2)), (1, 4)),
+        (None, None, Host(gpus=4, native=False, ranks=4, cores=(8, 4)), (2, 2)),
+        (None, None, Host(gpus=0, native=True, ranks=4, cores=(1, 4)), (1, 1)),
+    ],
+)
+def test_stages_of_one_hosts_cores_take_turns(
+    asked: int | None, threads: int | None, host: Host, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.launcher.settle.memory_nodes", lambda: 1)
+    given = ShoalConfig(
+        parallel=ParallelConfig(tensor=2, pipeline=2, micro_batches=asked), runtime=RuntimeConfig(threads=threads)
+    )
+    settled = settle(given, SPEC, host)
+    assert (settled.config.parallel.micro_batches, settled.config.runtime.threads) == expected
+    assert ("stages take turns" in settled.notes[0]) == (expected[0] == 1)
+
+
+def test_stages_work_side_by_side_where_cores_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.launcher.settle.memory_nodes", lambda: 2)
+    settled = settle(ShoalConfig(parallel=ParallelConfig(pipeline=4)), SPEC, CPU)
+    assert settled.config.parallel.micro_batches == 4
+
+
+@pytest.mark.parametrize(
     ("host", "expected"),
     [
         (Host(gpus=0, native=False, ranks=4), "gloo"),
