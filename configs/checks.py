@@ -81,7 +81,7 @@ def _layout(config: ShoalConfig, given: set[str]) -> Iterator[Problem]:
     if parallel.micro_batches is not None and parallel.micro_batches > parallel.pipeline:
         yield Problem(
             key="parallel.micro_batches",
-            value=parallel.micro_batches,
+            value=str(parallel.micro_batches),
             message=f"must be at most parallel.pipeline, which is {parallel.pipeline}: a stage computes one step at a "
             "time; lower it or leave it out",
         )
