@@ -71,9 +71,10 @@ class BatchState:
             sequence.token_ids += row.token_ids
             if row.ref is not None:
                 sequence.token_ids.append(sampled[row.ref.step, row.ref.row])
-            for group, block_ids in enumerate(row.new_block_ids):
-                if block_ids:
-                    sequence.append_blocks(group, block_ids)
+            if any(row.new_block_ids):
+                for group, block_ids in enumerate(row.new_block_ids):
+                    if block_ids:
+                        sequence.append_blocks(group, block_ids)
             self.check(plan.step, row, sequence)
 
     def add(self, new: NewSequence) -> None:

@@ -7,6 +7,7 @@ of the shards' best is what one rank would take, bit for bit; equal values: the 
 likewise (engine/shard_logprobs.py). The shards of the other rows are gathered, and the group's rank 0 chooses.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Choice(NamedTuple):
 
 def choices_of(output: StepOutput) -> list[Choice]:
     """The best tokens as they are."""
-    return [Choice(token, None, math.isfinite(logit)) for token, logit in zip(output.best, output.values, strict=True)]
+    return [*map(Choice, output.best, itertools.repeat(None), map(math.isfinite, output.values))]
 
 
 def filters(params: SamplingParams) -> bool:
@@ -48,7 +49,7 @@ def is_plain(sequence: SequenceState) -> bool:
     if sequence.plain is None:
         asks = params.logprobs is not None or has_penalties(params)
         sequence.plain = not asks and not masks_or_biases(params, sequence)
-    return sequence.plain and sequence.num_output_tokens >= params.min_tokens
+    return sequence.plain and (not params.min_tokens or sequence.num_output_tokens >= params.min_tokens)
 
 
 class TokenChooser:

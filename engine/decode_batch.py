@@ -128,32 +128,39 @@ class DecodeBatch:
         """The batch of these rows, one token each; marks their tokens as computed. None when they do not fit. Valid
         until the next call.
         """
-        if len(rows) != len(self.held) or not all(map(self.hold, range(len(rows)), sequences)):
+        if len(rows) != len(self.held) or not self.begin(sequences):
             return None
         self.batch.max_seqlen_k = self.write(rows, sequences)
         return self.batch
+
+    def begin(self, sequences: Sequence[SequenceState]) -> bool:
+        """Make the first rows these sequences'; False when there is no room."""
+        for index, (sequence, held) in enumerate(zip(sequences, self.held)):
+            same = held is not None and held[0] is sequence and held[1] == sequence.num_blocks
+            if not same and not self.hold(index, sequence):
+                return False
+        return len(sequences) <= len(self.held)
 
     def write(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> int:
         """What changes with every step, of the first rows, whose tokens count as computed from here on. Returns the
         longest row's length.
         """
         longest, size = 0, self.block_size
+        token_ids, positions, seq_lens, slots = self.token_ids, self.positions, self.seq_lens, self.slots
         for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             position = row.num_computed_tokens
             length = sequence.num_computed_tokens = position + 1
-            self.token_ids[index] = sequence.token_ids[position]
-            self.positions[index], self.seq_lens[index] = position, length
-            block, offset = divmod(position, size)
-            for slots, table in zip(self.slots, sequence.tables, strict=True):
-                slots[index] = int(table[block]) * size + offset
-            longest = max(longest, length)
+            token_ids[index], positions[index], seq_lens[index] = sequence.token_ids[position], position, length
+            block, offset = position // size, position % size
+            for group, table in enumerate(sequence.tables):
+                slots[group][index] = table.item(block) * size + offset
+            if length > longest:
+                longest = length
         return longest
 
     def hold(self, index: int, sequence: SequenceState) -> bool:
         """Have a row's block tables be the sequence's; False when they have no room for it."""
-        held, num_blocks = self.held[index], sequence.num_blocks
-        if held is not None and held[0] is sequence and held[1] == num_blocks:
-            return True
+        num_blocks = sequence.num_blocks
         if any(used > width for used, width in zip(num_blocks, self.widths, strict=True)):
             return False
         for table, blocks, used in zip(self.tables, sequence.tables, num_blocks, strict=True):

@@ -14,12 +14,13 @@ from shoal.configs.sampling import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of everything that travels on a channel: tagged with its class name, unknown fields refused."""
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True, gc=False):
+    """Base of everything that travels on a channel: tagged with its class name, unknown fields refused; never part of a
+    cycle, so that nobody looks for one."""
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Base of the parts of a message that repeat per row: encoded as arrays, positional."""
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of the parts of a message that repeat per row: encoded as arrays, positional; never part of a cycle."""
 
 
 class Request(Message, frozen=True, kw_only=True):

@@ -56,11 +56,7 @@ class PaddedBatch(DecodeBatch):
         """Make the first rows these sequences', once the step before has been copied; False when there is no room."""
         if self.copied is not None:
             self.copied.synchronize()
-        for index, (sequence, held) in enumerate(zip(sequences, self.held)):
-            same = held is not None and held[0] is sequence and held[1] == sequence.num_blocks
-            if not same and not self.hold(index, sequence):
-                return False
-        return len(sequences) <= len(self.held)
+        return super().begin(sequences)
 
     def fill(self, rows: Sequence[PlanRow], sequences: Sequence[SequenceState]) -> BatchInput:
         """As DecodeBatch's, of at most as many rows, after `begin`."""

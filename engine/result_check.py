@@ -13,19 +13,18 @@ def check_result(plan: StepPlan, sequences: list[Sequence], result: StepResult, 
             f"expected was epoch {plan.epoch}, step {plan.step} with {len(plan.rows)} rows"
         )
     for seq, row, given in zip(sequences, plan.rows, result.rows):
-        if given.request_id != row.request_id or not (given.error or _answers(row, given, seq, vocab_size)):
+        token_ids, scored = given.token_ids, given.logprobs is not None or given.prompt_logprobs is not None
+        fits = len(token_ids) == row.sample and (not token_ids or 0 <= token_ids[0] < vocab_size)
+        if fits and (scored or seq.scores):
+            fits = _has_scores(row, given, seq)
+        if given.request_id != row.request_id or not (fits or given.error):
             raise ExecutorFailed(f"step {plan.step}: the result {given} does not answer the row {row} ({seq.sampling})")
 
 
-def _answers(row: PlanRow, given: RowResult, seq: Sequence, vocab_size: int) -> bool:
-    """One token of the vocabulary if the row samples, and the log-probabilities that were asked for."""
-    token_ids, sampling = given.token_ids, seq.sampling
-    if len(token_ids) != row.sample or (token_ids and not 0 <= token_ids[0] < vocab_size):
-        return False
-    if sampling.logprobs is given.logprobs is sampling.prompt_logprobs is given.prompt_logprobs is None:
-        return True
-    num_prompt_logprobs = 0
+def _has_scores(row: PlanRow, given: RowResult, seq: Sequence) -> bool:
+    """Whether the log-probabilities are those that were asked for."""
+    sampling, num_prompt_logprobs = seq.sampling, 0
     if sampling.prompt_logprobs is not None:
         num_prompt_logprobs = max(0, min(row.num_tokens, seq.num_prompt_tokens - 1 - row.num_computed_tokens))
-    num_logprobs = 0 if sampling.logprobs is None else len(token_ids)
+    num_logprobs = 0 if sampling.logprobs is None else len(given.token_ids)
     return len(given.logprobs or ()) == num_logprobs and len(given.prompt_logprobs or ()) == num_prompt_logprobs

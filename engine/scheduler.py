@@ -153,19 +153,24 @@ class Scheduler:
 
     def _decode(self, draft: Draft, decoding: list[Sequence]) -> None:
         """A row for every running sequence of which only the last token is not computed, be it known yet or not."""
-        budget, balanced, size = draft.budget, self.max_in_flight > 1, self.tables.block_size
+        budget, balanced, size, running = draft.budget, self.max_in_flight > 1, self.tables.block_size, Status.RUNNING
+        rows = attended = 0
         for seq in decoding:
-            if not budget.has_room_for_decode():
-                return
-            if seq.status is not Status.RUNNING:
+            if rows >= budget.tokens or budget.share <= 0.0:
+                break
+            if seq.status is not running:
                 continue
             position = seq.num_computed
             if position < len(seq.tables[0]) * size or self._make_room(draft, seq, 1):
-                budget.take_decode(self.cost.row_cost(1, position) if balanced else 1.0, position)
+                rows += 1
+                attended += position + 1
+                if balanced:
+                    budget.share -= self.cost.row_cost(1, position)
                 self._add_row(draft, seq, 1)
             elif self.overlap:  # rows of later ones are always in flight: none more, so that it can have their blocks
                 draft.waiting = seq
-                return
+                break
+        budget.take_decode(rows, attended)
 
     def _prefill(self, draft: Draft, prefilling: list[Sequence]) -> None:
         """A further chunk for running sequences with more than one token to compute."""
@@ -247,16 +252,14 @@ class Scheduler:
         stop, known, size = start + num_tokens, len(tokens), tables.block_size
         ref = seq.last_row if start == known else None  # the token that row gives is this row's first
         new_block_ids = tables.no_blocks if stop <= len(seq.tables[0]) * size else tables.append(seq, num_tokens)
-        told = tokens[seq.num_told :]
-        draft.rows.append(
-            PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, seq.last_blocks, stop >= known, ref)
-        )
-        if self.overlap and stop >= known:
+        told, last = tokens[seq.num_told :], stop >= known
+        draft.rows.append(PlanRow(seq.request_id, start, num_tokens, told, new_block_ids, seq.last_blocks, last, ref))
+        if last and self.overlap:
             seq.last_row = TokenRef(self.num_steps, len(draft.sequences))
         draft.sequences.append(seq)
-        seq.num_told, seq.num_computed = max(known, stop), stop
+        seq.num_told, seq.num_computed = stop if last else known, stop
         seq.in_flight += 1
-        if tables.windowed or (min(stop, known) // size > seq.num_published and tables.enable_prefix_caching):
+        if tables.windowed or ((known if last else stop) // size > seq.num_published and tables.enable_prefix_caching):
             draft.unsettled.append(seq)
 
     def _commit(self, draft: Draft) -> StepPlan:
@@ -286,10 +289,10 @@ class Scheduler:
         check_result(plan, sequences, result, self.vocab_size)
         if self.learns_cost:
             self.cost.observe(load, seconds)
-        deltas = []
+        deltas, running = [], Status.RUNNING
         for seq, row, given in zip(sequences, plan.rows, result.rows, strict=True):
             seq.in_flight -= 1
-            if seq.status is Status.RUNNING:
+            if seq.status is running:
                 delta = self._accept(row, seq, given, tell_joined)
                 if delta is not None:
                     deltas.append(delta)

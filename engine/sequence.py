@@ -29,8 +29,8 @@ class Sequence:
     that sample. keys: prefix keys of its leading full blocks. tables: per cache group, its block ids; first_live: per
     group, the index of the first one it still holds (those before fell out of the window); last_blocks: per group, the
     last one, a new list when it changes. num_hit_blocks: leading blocks it found in the cache. num_published: blocks
-    others can find. num_given: output tokens the front end has been told of; logprobs: of those it has not. order: the
-    smallest is served first.
+    others can find. num_given: output tokens the front end has been told of; logprobs: of those it has not. scores:
+    whether log-probabilities are asked for. order: the smallest is served first.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Sequence:
         "request",
         "request_id",
         "sampling",
+        "scores",
         "started",
         "status",
         "stop_reason",
@@ -78,6 +79,7 @@ class Sequence:
             self.stop_reasons.update(dict.fromkeys(request.eos_token_ids))
         self.stop_reason: int | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if sampling.prompt_logprobs is None else [None]
+        self.scores = sampling.logprobs is not None or sampling.prompt_logprobs is not None
         self.num_cached_tokens = 0
         self.keys: list[bytes] = []
         self.wanted_key: bytes | None = None
@@ -143,7 +145,12 @@ class Sequence:
 
     def take_delta(self, finish_reason: FinishReason | None = None, error: str | None = None) -> OutputDelta:
         """What the front end has not been told of, which it is now."""
-        start, self.num_given = self.num_given, self.num_output_tokens
+        start, self.num_given = self.num_given, len(self.tokens) - self.num_prompt_tokens
+        token_ids = self.tokens[self.num_prompt_tokens + start :]
+        if finish_reason is error is None and not self.scores:
+            return OutputDelta(
+                request_id=self.request_id, start=start, token_ids=token_ids, num_cached_tokens=self.num_cached_tokens
+            )
         logprobs, self.logprobs = self.logprobs, []
         prompt_logprobs = None
         if self.num_given > start:  # before its first token they may not be complete
@@ -151,7 +158,7 @@ class Sequence:
         return OutputDelta(
             request_id=self.request_id,
             start=start,
-            token_ids=self.tokens[self.num_prompt_tokens + start :],
+            token_ids=token_ids,
             logprobs=logprobs or None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,

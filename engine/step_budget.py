@@ -15,8 +15,8 @@ class StepBudget:
     """One token budget for decode rows and prompt chunks alike.
 
     decode_cost: predicted cost of every decoding row, in flight or not. outstanding_prefill: prompt tokens without a
-    result. With several plans in flight each step takes its part of both, so that all stages have work. `load` is what
-    was taken.
+    result. With several plans in flight each step takes its part of both, so that all stages have work. tokens: what is
+    left of the budget; share: of the step's part of decode_cost, for decode rows to take of. `load` is what was taken.
     """
 
     def __init__(
@@ -31,26 +31,22 @@ class StepBudget:
     ) -> None:
         self.load = StepLoad()
         self._cost = cost
-        self._tokens = config.max_num_batched_tokens
-        self._prefill = self._tokens
-        self._decode_cost = float("inf")
+        self.tokens = config.max_num_batched_tokens
+        self._prefill = self.tokens
+        self.share = float("inf")
         self._limit_s: float | None = None
         if decoding:
-            self._prefill = max(1, int(config.prefill_share * self._tokens))
+            self._prefill = max(1, int(config.prefill_share * self.tokens))
             if config.inter_token_limit_s is not None:
                 self._limit_s = config.inter_token_limit_s / max_in_flight  # every plan in flight delays the others
         if max_in_flight > 1:
-            self._decode_cost = decode_cost / max_in_flight * (1 - 1e-9)
+            self.share = decode_cost / max_in_flight * (1 - 1e-9)
             least = max(MIN_SLICE, cost.tokens_worth_a_step())
             self._prefill = min(self._prefill, max(least, -(-outstanding_prefill // (SLICES * max_in_flight))))
 
-    def has_room_for_decode(self) -> bool:
-        """Whether the step may take a further decode row."""
-        return self._tokens > 0 and self._decode_cost > 0.0
-
     def chunk(self, num_tokens: int, num_computed: int) -> int:
         """How many of `num_tokens` prompt tokens, the first at position num_computed, the step may take."""
-        wanted = min(num_tokens, self._tokens, self._prefill)
+        wanted = min(num_tokens, self.tokens, self._prefill)
         if self._limit_s is None or wanted <= 0:
             return wanted
         taken = self.load.prefill_tokens
@@ -59,15 +55,14 @@ class StepBudget:
         allowed = self._cost.prefill_tokens_within(self._limit_s - self._cost.seconds(self.load), num_computed)
         return min(wanted, max(allowed, MIN_PREFILL - taken))
 
-    def take_decode(self, cost: float, num_computed: int) -> None:
-        """Count a decode row with its predicted cost."""
-        self._tokens -= 1
-        self._decode_cost -= cost
-        self.load.decode_rows += 1
-        self.load.attended += num_computed + 1
+    def take_decode(self, rows: int, attended: int) -> None:
+        """Count decode rows, which read so many key-value positions together."""
+        self.tokens -= rows
+        self.load.decode_rows += rows
+        self.load.attended += attended
 
     def take_prefill(self, num_tokens: int, num_computed: int) -> None:
         """Count a prompt chunk."""
-        self._tokens -= num_tokens
+        self.tokens -= num_tokens
         self._prefill -= num_tokens
         self.load.add(num_tokens, num_computed)

@@ -46,6 +46,7 @@ NOT_FINITE = "no token can be chosen: the logits are not finite, or every token 
 IDLE_S = 0.5  # after a step nothing is under way
 TOUCHED_BYTES = 1 << 30  # of a rank's cache, before steps need them: blocks are used from the first one on
 SHARED_BYTES = 1 << 30  # of keys and values of a layer, which a GPU reads while the host launches one layer's kernels
+NONE_SAMPLED = -1  # in place of a token
 REMEMBERED_STEPS = 8  # steps whose sampled tokens a TokenRef may point at
 
 
@@ -71,7 +72,7 @@ class Worker:
         self.ran_at = time.monotonic()  # when the last step ended; infinity within one
         self.graph_sizes = graph_sizes(config) if mesh.tensor.capturable else None
         self.state = self.new_state()
-        self.sampled: OrderedDict[int, dict[int, int]] = OrderedDict()  # tokens by step and row
+        self.sampled: OrderedDict[int, list[int]] = OrderedDict()  # tokens by step and row
         self.begun: Begun | None = None  # the last plan
         self.forwarded_at = 0.0  # when the device was done with a step that had been begun
 
@@ -297,7 +298,7 @@ class Worker:
         if pending is not None:
             assert all(step == pending.plan.step for step, _ in refs), "only the plan before is in flight"
             return {(step, row): -1 - row for step, row in refs}
-        known = [self.sampled.get(step, {}).get(row, -1) for step, row in refs]
+        known = [self.sampled[step][row] if step in self.sampled else NONE_SAMPLED for step, row in refs]
         tokens = torch.tensor(known, device=self.device)
         sampling_rank = self.mesh.world.size - self.shard.tp_size
         self.mesh.world.broadcast(tokens, sampling_rank)
@@ -324,13 +325,14 @@ class Worker:
         self, plan: StepPlan, choices: list[Choice], prompt_logprobs: list[list[TokenLogprobs] | None]
     ) -> list[RowResult]:
         """The rows' results. choices: of those that sample, in their order; prompt_logprobs: of all."""
-        given, tokens, rows = iter(choices), {}, []
-        for index, (row, scores) in enumerate(zip(plan.rows, prompt_logprobs, strict=True)):
+        given, tokens, rows = iter(choices), [], []
+        for row, scores in zip(plan.rows, prompt_logprobs, strict=True):
             if not row.sample:
+                tokens.append(NONE_SAMPLED)
                 rows.append(RowResult(row.request_id, [], None, scores))
                 continue
             token, logprobs, finite = next(given)
-            tokens[index] = token
+            tokens.append(token)
             if finite:
                 rows.append(RowResult(row.request_id, [token], None if logprobs is None else [logprobs], scores))
             else:
@@ -354,7 +356,7 @@ class Worker:
             found += [entry for entry in self.chooser.scores(hidden_RH, targets, count) if entry is not None]
         return found if self.samples else None
 
-    def remember(self, step: int, tokens: dict[int, int]) -> None:
+    def remember(self, step: int, tokens: list[int]) -> None:
         """Keep a step's tokens by row for TokenRefs of later plans, and forget old ones."""
         self.sampled[step] = tokens
         while next(iter(self.sampled)) <= step - REMEMBERED_STEPS:

@@ -30,13 +30,12 @@ def linear_cost(token_s: float = 0.0001, base_s: float = 0.01) -> CostModel:
 
 def test_decode_rows_and_chunks_share_one_budget() -> None:
     budget = make(max_num_batched_tokens=10)
-    for position in range(4):
-        assert budget.has_room_for_decode()
-        budget.take_decode(1.0, position)
+    assert budget.tokens == 10 and budget.share > 0
+    budget.take_decode(4, 1 + 2 + 3 + 4)
     assert budget.chunk(100, 0) == 6
     budget.take_prefill(6, 0)
-    assert budget.chunk(1, 0) == 0 and not budget.has_room_for_decode()
-    assert (budget.load.decode_rows, budget.load.prefill_tokens) == (4, 6)
+    assert budget.chunk(1, 0) == 0 and budget.tokens == 0
+    assert (budget.load.decode_rows, budget.load.prefill_tokens, budget.load.attended) == (4, 6, 10 + 6 * 3.5)
 
 
 def test_the_prefill_share_holds_only_beside_decoding() -> None:
@@ -48,10 +47,7 @@ def test_the_prefill_share_holds_only_beside_decoding() -> None:
 def test_stages_divide_prompts_and_decode_rows() -> None:
     budget = make(max_in_flight=4, prefill=1600)
     assert budget.chunk(1600, 0) == 1600 / (4 * SLICES)
-    for taken in range(3):
-        assert budget.has_room_for_decode(), taken
-        budget.take_decode(1.0, 5)
-    assert not budget.has_room_for_decode(), "10 rows in 4 plans are at most 3 each"
+    assert 2.0 < budget.share < 3.0, "10 rows of cost 1 in 4 plans: a third row while any is left, no fourth"
 
 
 def test_slices_are_not_smaller_than_they_are_worth() -> None:
