@@ -44,7 +44,13 @@ INLINE int64_t position_size(int type) { return type == BF16 && MULTIPLIES_PAIRS
  * x_step and twice x_step these are addresses the processor adds up by itself. */
 INLINE void multiply_position(int type, const char *const *three, int64_t x_step, const char *panel, int m, int width, vf acc[][VECTORS]) {
 #define X(TYPE, R, K) (((const TYPE *)(three[(R) / 3] + (R) % 3 * x_step))[K])
-    if (type == BF16 && LANES == 8 && !MULTIPLIES_PAIRS) {
+    if (type == BF16 && LANES == 8 && !MULTIPLIES_PAIRS && m <= FEW_ROWS) {
+        for (int v = 0; v < width; v++) { /* read once: there are registers for both halves */
+            const vu pairs = *(const vu_unaligned *)(panel + 4 * LANES * v);
+            for (int r = 0; r < m; r++) acc[r][v] = multiply_add(splat(X(float, r, 0)), (vf)(pairs << 16), acc[r][v]);
+            for (int r = 0; r < m; r++) acc[r][v] = multiply_add(splat(X(float, r, 1)), (vf)(pairs & 0xffff0000u), acc[r][v]);
+        }
+    } else if (type == BF16 && LANES == 8 && !MULTIPLIES_PAIRS) {
         for (int odd = 0; odd < 2; odd++) {
             vf b[VECTORS];
             for (int v = 0; v < width; v++) {
