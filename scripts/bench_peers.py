@@ -16,7 +16,8 @@ medians are compared. On a machine that others use as well, tokens per second of
 second: both are printed and written, the former from the engine's own process (not for llama.cpp, whose programs do not
 tell loading from running). Workloads:
 
-    decode   one stream: 64 tokens in, 128 out: limited by reading the weights once per token
+    decode   one stream: 64 tokens in, 128 out, the time of all less that of the first: limited by reading the weights
+             once per token
     batch    32 requests, 64 to 256 in, 32 to 96 out
     prompt   4 prompts of 1,024 (or what the context holds), 1 token out: limited by the GEMM rate
     shared   24 requests that share 512 tokens, 32 more of their own, 32 out
@@ -193,6 +194,9 @@ def measure(
                     torch.cuda.empty_cache()  # for the engines
             for engine in engines:
                 answer = engine.run(requests)
+                if name == "decode":  # what comes after the prompt: all, less the same with one token
+                    first = engine.run([{**request, "max_tokens": 1} for request in requests])
+                    answer = {key: value - first[key] for key, value in answer.items()}
                 tokens = sum(len(r["ids"]) for r in requests) if name == "prompt" else answer["output_tokens"]
                 rates.setdefault(engine.name, []).append(tokens / answer["elapsed_s"])
                 cpu_rates.setdefault(engine.name, []).append(tokens / answer["cpu_s"])

@@ -41,7 +41,9 @@ class LlamaCpp:
         mean_in = round(sum(len(r["ids"]) for r in requests) / len(requests))
         mean_out = round(sum(r["max_tokens"] for r in requests) / len(requests))
         if workload in ("decode", "prompt"):
-            sizes = ["-p", "0", "-n", str(mean_out)] if workload == "decode" else ["-p", str(mean_in), "-n", "0"]
+            sizes = ["-p", str(mean_in), "-n", "0"]
+            if workload == "decode":  # after a prompt whose time does not count
+                sizes = ["-p", "0", "-d", str(mean_in), "-n", str(mean_out)]
             return float(json.loads(self.run("llama-bench", "-r", "1", "-o", "json", *sizes))[0]["avg_ts"])
         if workload != "batch":
             return None
