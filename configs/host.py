@@ -16,9 +16,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def memory_nodes() -> int:
-    """Parts of this host's memory that have cores of their own (NUMA nodes); 1 where the kernel does not say."""
-    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+def memory_nodes(nodes: Path = Path("/sys/devices/system/node")) -> int:
+    """Parts of this host's memory that have some of the usable cores of their own (NUMA nodes); 1 where the kernel does
+    not say. nodes: where it says it.
+    """
+    lists = [path.read_text() for path in nodes.glob("node[0-9]*/cpulist")]
+    return max(1, sum(not os.sched_getaffinity(0).isdisjoint(_cores(text)) for text in lists))
+
+
+def _cores(text: str) -> set[int]:
+    """Of a list such as 0-3,8."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def available_host_bytes() -> int:

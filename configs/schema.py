@@ -115,8 +115,9 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         RankCount | None,
         Meta(
             description="Steps under way at once, among which running requests are divided; at most one per stage. "
-            "Default: one per stage, so that all work side by side; but 1 where the stages share one host's cores and "
-            "runtime.threads is left out: they take turns, each with the threads of all."
+            "Default: one per stage, so that all work side by side; but 1 where the stages share the cores of one host "
+            "whose memory is one (no NUMA nodes), and runtime.threads is left out: they take turns, each with the "
+            "threads of all."
         ),
     ] = None
     ranks_per_device: Annotated[
@@ -314,8 +315,9 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     pin_cores: Annotated[
         bool,
         Meta(
-            description="Keep every CPU rank of a tensor group to cores of its own. Only where all ranks are local "
-            "processes and the host has a core for each of their threads."
+            description="Keep every CPU rank of a tensor group to cores of its own; those of a pipeline's stages share "
+            "them when they take turns. Only where all ranks are local processes and the host has a core for each of "
+            "their threads, and not with several steps in flight but fewer than stages."
         ),
     ] = True
     collectives: Annotated[

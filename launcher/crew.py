@@ -10,7 +10,7 @@ import platform
 
 import msgspec
 
-from shoal.configs.host import host_id, usable_cores
+from shoal.configs.host import host_id, memory_nodes, usable_cores
 from shoal.configs.model_path import resolve_model_path
 from shoal.engine.client import EngineError
 from shoal.launcher.bootstrap import EngineBootstrap, fingerprint, versions
@@ -79,6 +79,7 @@ class Crew:
             host=host_id(),
             name=platform.node(),
             cores=usable_cores(),
+            memory_nodes=memory_nodes(),
             gpus=await count_gpus(processes, config),
             native=native,
             versions=versions(),

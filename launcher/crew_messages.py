@@ -24,14 +24,16 @@ class HostQuery(Message, frozen=True, kw_only=True):
 class HostReport(Message, frozen=True, kw_only=True):
     """What a host is, has and read.
 
-    host: equal where Unix sockets and memory can be shared. name: for people. cores: a process may use there. gpus:
-    torch sees in the crew. native: the C kernels are there. versions, config, checkpoint: must be equal everywhere.
+    host: equal where Unix sockets and memory can be shared. name: for people. cores: a process may use there;
+    memory_nodes: parts of its memory that have some of these. gpus: torch sees in the crew. native: the C kernels are
+    there. versions, config, checkpoint: must be equal everywhere.
     model_dir: the checkpoint's folder there.
     """
 
     host: str
     name: str
     cores: int
+    memory_nodes: int
     gpus: int
     native: bool
     versions: str

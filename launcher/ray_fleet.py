@@ -25,7 +25,7 @@ from shoal.launcher.placement import UNIT, HostOffer, Share, TooSmall, place_rep
 from shoal.launcher.ray_cluster import Actor, ActorSilent, Cluster, Node
 from shoal.launcher.ray_places import Place, Post, end_crews, place_name, recover_places
 from shoal.launcher.ray_replica import RayReplica
-from shoal.launcher.settle import Host, Settled, choose_collectives, settle
+from shoal.launcher.settle import Host, Settled, for_place, settle
 from shoal.model.checkpoint_digest import checkpoint_digest
 from shoal.model.shard import shard_model
 from shoal.model.spec import DecoderSpec
@@ -246,37 +246,28 @@ class RayFleet:
         posts = [post for place in self._places.values() for post in place.posts]
         return sum(len(post.ranks) for post in posts if post.report.host == host)
 
-    def _settle(self) -> Settled:
-        """Resolve the settings for all replicas placed so far; later ones keep them."""
-        places = list(self._places.values())
+    def _host(self, places: Sequence[Place]) -> Host:
+        """What the hosts of these replicas offer them all."""
         posts = [post for place in places for post in place.posts]
-        most = max(self._ranks_on(post.report.host) for post in posts)
         shares = [(post.report.cores, self._ranks_on(post.report.host)) for post in posts]
-        host = Host(
+        most = max(ranks for _, ranks in shares)
+        return Host(
             gpus=most if self._device == "cuda" else 0,
             native=all(post.report.native for post in posts),
             ranks=most,
             one_host=all(place.one_host for place in places),
             cores=min(shares, key=lambda share: share[0] / share[1]),
+            memory_nodes=max(post.report.memory_nodes for post in posts),
         )
-        return settle(self._config, self._spec, host)
+
+    def _settle(self) -> Settled:
+        """Resolve the settings for all replicas placed so far; later ones keep them, but for what their own place
+        decides (`for_place`)."""
+        return settle(self._config, self._spec, self._host(list(self._places.values())))
 
     def _handle(self, number: int, place: Place) -> RayReplica:
         settled, first = self.settled, place.posts[0]
-        size = settled.config.ranks_per_replica
-        host = Host(
-            gpus=size if self._device == "cuda" else 0,
-            native=settled.config.runtime.native == "require",
-            ranks=size,
-            one_host=place.one_host,
-        )
-        collectives = choose_collectives(self._config, host, self._device)
-        replace = msgspec.structs.replace
-        runtime = replace(settled.config.runtime, collectives=collectives)
-        parallel = settled.config.parallel
-        if not place.one_host:  # hosts work side by side, whatever the first places were
-            parallel = replace(parallel, micro_batches=self._config.parallel.micro_batches or parallel.pipeline)
-        config = replace(settled.config, runtime=runtime, parallel=parallel)
+        config = for_place(settled.config, self._config, self._host([place]), self._device)
         shards, key = shard_model(self._spec, config.parallel, config.model.quantization), new_key()
         assert config.runtime.threads is not None, "settled"
         listener = Listener.unix() if first.report.host == host_id() else Listener.tcp(self._own.address)

@@ -22,7 +22,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     gpus: that torch sees. native: the C kernels are there. ranks: of all replicas, on this host. one_host: every rank
     of a replica is on the same host as the others. cores: of the host that has the fewest for each of its ranks, and
-    how many ranks these are; None: of this host.
+    how many ranks these are; memory_nodes: most parts of a host's memory that have cores of their own; None: of this
+    host.
     """
 
     gpus: int
@@ -30,6 +31,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     one_host: bool = True
     cores: tuple[int, int] | None = None
+    memory_nodes: int | None = None
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,8 +150,8 @@ def choose_micro_batches(config: ShoalConfig, host: Host, device: Device) -> int
     asked, stages = config.parallel.micro_batches, config.parallel.pipeline
     if asked is not None:
         return asked
-    take_turns = device == "cpu" and host.one_host and config.runtime.threads is None and memory_nodes() == 1
-    return 1 if take_turns else stages
+    shared = device == "cpu" and host.one_host and (host.memory_nodes or memory_nodes()) == 1
+    return 1 if shared and config.runtime.threads is None else stages
 
 
 def choose_threads(config: ShoalConfig, host: Host, micro_batches: int) -> int:
@@ -157,6 +159,22 @@ def choose_threads(config: ShoalConfig, host: Host, micro_batches: int) -> int:
     cores, ranks = host.cores or (usable_cores(), host.ranks)
     turns = config.parallel.pipeline if host.one_host else micro_batches  # elsewhere a host has some of the stages
     return max(1, cores * turns // (ranks * micro_batches))
+
+
+def for_place(settled: ShoalConfig, asked: ShoalConfig, host: Host, device: Device) -> ShoalConfig:
+    """Settings of a replica whose hosts need not be those that all were settled for, such as one that was moved. asked:
+    before they were settled; host: what its own hosts offer.
+    """
+    replace = msgspec.structs.replace
+    host = replace(host, native=settled.runtime.native == "require")
+    micro_batches = choose_micro_batches(asked, host, device)
+    threads = asked.runtime.threads or choose_threads(asked, host, micro_batches)
+    collectives = choose_collectives(asked, host, device)
+    return replace(
+        settled,
+        parallel=replace(settled.parallel, micro_batches=micro_batches),
+        runtime=replace(settled.runtime, collectives=collectives, threads=threads),
+    )
 
 
 def _notes(config: ShoalConfig, host: Host) -> list[str]:
@@ -170,13 +188,14 @@ def _notes(config: ShoalConfig, host: Host) -> list[str]:
     if layout.ranks_per_device > 1:
         between += f", {layout.ranks_per_device} ranks per GPU"
     threads = f", {runtime.threads} {'thread' if runtime.threads == 1 else 'threads'} per rank"
-    if layout.pipeline > 1 and layout.micro_batches == 1:
-        between += ", stages take turns"
+    stages = ""
+    if layout.pipeline > 1:
+        stages = ", stages take turns" if layout.micro_batches == 1 else f", {layout.micro_batches} steps in flight"
     kernels = ", C kernels" if runtime.device == "cpu" and host.native else ""
     notes = [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {config.world_size} "
         f"{'rank' if config.world_size == 1 else 'ranks'} on {runtime.device}: {config.model.dtype}{kept}, context "
-        f"{config.model.max_model_len}{between}{threads if runtime.device == 'cpu' else ''}{kernels}"
+        f"{config.model.max_model_len}{between}{stages}{threads if runtime.device == 'cpu' else ''}{kernels}"
     ]
     used = -(-host.ranks // layout.ranks_per_device)
     if host.gpus > used and runtime.device == "cuda":

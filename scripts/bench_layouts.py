@@ -61,7 +61,7 @@ def main() -> None:
     layouts = ["1x1", "2x1", "1x2", "1x2x2"]
     parser.add_argument("--layouts", nargs="+", default=layouts, help="TENSORxPIPELINE[xMICRO_BATCHES]")
     parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
-    parser.add_argument("--threads", type=int, default=2, help="of all ranks together")
+    parser.add_argument("--threads", type=int, default=2, help="of all ranks that work at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rounds here, as they come")

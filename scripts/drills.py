@@ -307,7 +307,7 @@ def _write(out: Path, seed: int, report: dict[str, Any], passed: bool) -> bool:
 
 DRILLS: dict[str, Callable[[float, int, Path], bool]] = {
     "kills-tp2-dp2": kills(["-tp", "2", "-dp", "2"]),
-    "kills-pp2-dp2": kills(["-pp", "2", "-dp", "2"]),
+    "kills-pp2-dp2": kills(["-pp", "2", "-dp", "2", "--micro-batches", "2"]),
     "stops": stops,
     "single": single,
     "batch": batch,

@@ -76,6 +76,18 @@ def test_a_step_mixes_decode_rows_then_chunks_then_new_prompts() -> None:
     assert [len(row.token_ids) for row in plan.rows] == [1, 0, 0], "sampled tokens are told once"
 
 
+def test_a_plan_knows_what_it_reads() -> None:
+    bench = Bench(max_num_batched_tokens=6)
+    for name, prompt in (("a", [1, 2]), ("b", [3, 4, 5])):
+        bench.add(name, prompt)
+    bench.step()
+    bench.add("c", [7] * 9)
+    bench.launch()
+    load = bench.scheduler.launched[-1].load
+    assert (load.decode_rows, load.prefill_tokens) == (2, 4)
+    assert load.attended == 3 + 4 + (1 + 2 + 3 + 4), "every token reads itself and what is before it"
+
+
 def test_only_the_last_chunk_of_a_prompt_samples() -> None:
     bench = Bench(max_num_batched_tokens=4)
     bench.add("a", list(range(10)))

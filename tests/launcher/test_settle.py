@@ -9,7 +9,7 @@ from shoal.configs.schema import CacheConfig, ModelConfig, ParallelConfig, Runti
 from shoal.launcher.local_start import device_of
 from shoal.launcher.ray_cluster import Node
 from shoal.launcher.ray_fleet import _choose_device
-from shoal.launcher.settle import Host, settle
+from shoal.launcher.settle import Host, for_place, settle
 from tests.launcher.fake_worker import SPEC
 
 CPU = Host(gpus=0, native=True, ranks=4)
@@ -64,6 +64,8 @@ def test_what_was_set_stays() -> None:
         (1, None, Host(gpus=0, native=True, ranks=2, one_host=False, cores=(8, 2)), (1, 4)),
         (None, None, Host(gpus=4, native=False, ranks=4, cores=(8, 4)), (2, 2)),
         (None, None, Host(gpus=0, native=True, ranks=4, cores=(1, 4)), (1, 1)),
+        (None, None, Host(gpus=0, native=True, ranks=8, cores=(8, 8)), (1, 2)),  # two replicas
+        (None, None, Host(gpus=0, native=True, ranks=4, cores=(8, 4), memory_nodes=2), (2, 2)),
     ],
 )
 def test_stages_of_one_hosts_cores_take_turns(
@@ -75,7 +77,27 @@ def test_stages_of_one_hosts_cores_take_turns(
     )
     settled = settle(given, SPEC, host)
     assert (settled.config.parallel.micro_batches, settled.config.runtime.threads) == expected
-    assert ("stages take turns" in settled.notes[0]) == (expected[0] == 1)
+    assert ("stages take turns" if expected[0] == 1 else "2 steps in flight") in settled.notes[0]
+
+
+def test_some_of_the_stages_work_at_once() -> None:
+    given = ShoalConfig(parallel=ParallelConfig(pipeline=4, micro_batches=2))
+    settled = settle(given, SPEC, Host(gpus=0, native=True, ranks=4, cores=(8, 4)))
+    assert settled.config.runtime.threads == 4
+    again = settle(settled.config, SPEC, CPU).config
+    assert msgspec.structs.asdict(again) == msgspec.structs.asdict(settled.config)
+
+
+def test_a_replica_on_other_hosts_has_the_settings_of_its_place() -> None:
+    asked = ShoalConfig(parallel=ParallelConfig(pipeline=4))
+    whole = Host(gpus=0, native=True, ranks=4, cores=(8, 4), memory_nodes=1)
+    split = Host(gpus=0, native=True, ranks=2, one_host=False, cores=(8, 2), memory_nodes=1)
+    for first, chosen in ((whole, (1, 8, "shm")), (split, (4, 4, "gloo"))):
+        settled = settle(asked, SPEC, first).config
+        assert for_place(settled, asked, first, "cpu") == settled
+        assert (settled.parallel.micro_batches, settled.runtime.threads, settled.runtime.collectives) == chosen
+    moved = for_place(settled, asked, whole, "cpu")
+    assert (moved.parallel.micro_batches, moved.runtime.threads, moved.runtime.collectives) == (1, 8, "shm")
 
 
 def test_stages_work_side_by_side_where_cores_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
