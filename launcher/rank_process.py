@@ -192,6 +192,7 @@ class _Rank:
             config.runtime.deterministic,
             native,
             boot.device,
+            pinned=bool(boot.cores),
         )
         mesh = self._mesh = watch_mesh(made, self._activity)
         model_dir = None if boot.model.model_dir is None else Path(boot.model.model_dir)

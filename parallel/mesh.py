@@ -70,6 +70,7 @@ def make_mesh(
     deterministic: bool = False,
     native: NativeLibrary | None = None,
     device: str = "cpu",
+    pinned: bool = False,
 ) -> Mesh:
     """Meet the other ranks and make the groups. Every rank of the replica calls it with equal arguments but rank.
 
@@ -77,8 +78,8 @@ def make_mesh(
     memory), "nccl" (GPU tensors; the rank's device is set before). device: where tensors are, "cpu" or "cuda:N".
     rendezvous: a torch Store; "file://PATH" that no earlier group used; "tcp://HOST:PORT" of a TCPStore that somebody
     serves; or for shm a SharedSegment's path. timeout_s: most seconds of any operation. deterministic: sums in rank
-    order (shm always does). Raises ValueError for arguments that cannot work, CollectiveError when the others do not
-    come.
+    order (shm always does). pinned: this process keeps to cores on which no other rank works at the same time, so that
+    it may wait actively. Raises ValueError for arguments that cannot work, CollectiveError when the others do not come.
     """
     groups = replica_groups(tp_size, pp_size)
     size = tp_size * pp_size
@@ -89,7 +90,7 @@ def make_mesh(
     if rendezvous is None:
         raise ValueError(f"{size} ranks need a rendezvous: a file:// or tcp:// address, a Store, or shared memory")
     if backend_kind == "shm":
-        return _shm_mesh(rank, tp_size, pp_size, groups, rendezvous, timeout_s, native)
+        return _shm_mesh(rank, tp_size, pp_size, groups, rendezvous, timeout_s, native, pinned)
     if backend_kind in ("gloo", "nccl"):
         staged = backend_kind == "gloo" and device != "cpu"
         return _torch_mesh(backend_kind, rank, tp_size, pp_size, groups, rendezvous, timeout_s, deterministic, staged)
@@ -115,6 +116,7 @@ def _shm_mesh(
     rendezvous: "str | dist.Store",
     timeout_s: float,
     native: NativeLibrary | None,
+    pinned: bool,
 ) -> Mesh:
     if native is None:
         raise ValueError("shared-memory collectives need the C kernels; install gcc, or use runtime.collectives = gloo")
@@ -140,7 +142,7 @@ def _shm_mesh(
             raise CollectiveError(f"rank {rank}: rank 0 could not make shared memory: {path[len(SEGMENT_FAILED) :]}")
     try:
         segment = SharedSegment.attach(path, rank, size, groups)
-        chosen = _choose(rank, groups, lambda index, _: ShmCommunicator(segment, index, native, timeout_s))
+        chosen = _choose(rank, groups, lambda index, _: ShmCommunicator(segment, index, native, timeout_s, pinned))
         try:
             chosen["world"].barrier()
         except CollectiveError:

@@ -75,16 +75,19 @@ class _Group(ctypes.Structure):
 class ShmCommunicator(Communicator):
     """One group over a segment. group_index: its place in segment.groups. The segment stays open for its other groups.
 
-    segment: attached by this rank, which must be in the group. Made by every member; nothing is exchanged yet.
+    segment: attached by this rank, which must be in the group. pinned: see make_mesh. Made by every member; nothing is
+    exchanged yet.
     """
 
-    def __init__(self, segment: SharedSegment, group_index: int, native: NativeLibrary, timeout_s: float) -> None:
+    def __init__(
+        self, segment: SharedSegment, group_index: int, native: NativeLibrary, timeout_s: float, pinned: bool = False
+    ) -> None:
         spec, layout = segment.groups[group_index], segment.layouts[group_index]
         self.name, self.global_ranks, self.size = spec.name, spec.ranks, len(spec.ranks)
         self.rank, self.timeout_s = spec.ranks.index(segment.writer), timeout_s
         self._segment = segment
         self._broken: str | None = None
-        crowded = segment.world_size > len(os.sched_getaffinity(0))
+        crowded = not pinned and segment.world_size > len(os.sched_getaffinity(0))
         self._group = _Group(
             segment=segment.address,
             base=segment.address + layout.offset,

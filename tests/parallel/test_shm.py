@@ -65,6 +65,17 @@ def test_random_operations_on_the_world(make_segment, world_size):
     assert run_ranks(world_size, exercise_groups, path, groups, 40) == [40] * world_size
 
 
+@pytest.mark.parametrize(("cores", "pinned", "spins"), [({0}, False, False), ({0}, True, True), ({0, 1}, False, True)])
+def test_ranks_wait_actively_where_each_has_a_core(make_segment, monkeypatch, cores, pinned, spins):
+    groups = [("world", [0, 1])]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+    segment = SharedSegment.attach(make_segment(groups, 2).path, 0, 2, specs(groups))
+    try:
+        assert (ShmCommunicator(segment, 0, NATIVE, 1.0, pinned)._group.most_spins > 0) == spins
+    finally:
+        segment.close()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_operations_on_any_subgroups(make_segment, seed):
     plan = random.Random(seed)
