@@ -1,5 +1,5 @@
-"""One rank with all threads beside tensor 2 and pipeline 2 on as many: the same token ids, alternating,
-medians. What a layout costs where it gains nothing: on one machine's cores.
+"""One rank with all threads beside tensor 2 and pipeline 2 on as many: the same token ids, alternating, medians. What a
+layout costs where it gains nothing: on one machine's cores.
 
     python scripts/bench_layouts.py --model PATH --dtype bfloat16 --rounds 3 --json out.json
     python scripts/bench_layouts.py --shape 200m --layouts 1x1 1x2
@@ -32,9 +32,18 @@ WORKLOADS = {"decode": (1, 64, 96), "16": (16, 64, 48), "32": (32, 64, 48), "64"
 """Requests, tokens in, tokens out."""
 
 
+def sizes_of(layout: str) -> tuple[int, int, int]:
+    """Tensor and pipeline size and the number of micro-batches. Raises ValueError."""
+    tensor, pipeline, *rest = (int(number) for number in layout.split("x"))
+    (micro_batches,) = rest or [1]
+    if not (tensor >= 1 and 1 <= micro_batches <= pipeline):
+        raise ValueError(layout)
+    return tensor, pipeline, micro_batches
+
+
 def run_layout(model: Path, layout: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Output tokens per second of every workload on one layout, started for it."""
-    tensor, pipeline, micro_batches = (int(number) for number in f"{layout}x1".split("x")[:3])
+    tensor, pipeline, micro_batches = sizes_of(layout)
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     rng, found = random.Random(seed), {}
     with LLM(
@@ -68,6 +77,11 @@ def main() -> None:
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         parser.error("give either --model or --shape")
+    for layout in args.layouts:
+        try:
+            sizes_of(layout)
+        except ValueError:
+            parser.error(f"--layouts {layout}: TENSORxPIPELINE or TENSORxPIPELINExMICRO_BATCHES, at most one per stage")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ranks and files end with this process
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
