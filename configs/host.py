@@ -33,6 +33,12 @@ def _cores(text: str) -> set[int]:
     return found
 
 
+def last_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Of the processor's last cache, as the kernel tells it; 0 where it does not. caches: where it tells it."""
+    sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=0)
+
+
 def available_host_bytes() -> int:
     """Memory that could be taken now without swapping: the kernel's estimate, or what the container's limit leaves."""
     with open("/proc/meminfo") as lines:

@@ -14,15 +14,14 @@ from pathlib import Path
 import msgspec
 
 from shoal.configs.resolved import ResolvedConfig
-from shoal.kernels.quantized_format import BLOCK, GROUP, quantized_bytes
+from shoal.configs.schema import ParallelConfig
 from shoal.launcher.bench_report import BenchReport, make_report, plot_report, report_rows
 from shoal.launcher.bench_workload import Trace, Work, make_workload, run_in_turn, run_together
 from shoal.launcher.machine import MachineLimits, measure_limits
 from shoal.launcher.session import Session, open_session
 from shoal.model.families import load_spec
-from shoal.model.parameters import BITS
-from shoal.model.shard import Quantization, layer_costs
-from shoal.model.spec import DecoderSpec
+from shoal.model.shard import shard_model
+from shoal.model.step_work import StepRows, step_work
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
@@ -77,7 +76,9 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         elapsed_s, after = time.perf_counter() - start, await client.stats()
     finally:
         await session.close()
-    weights, layout, rounded = touched_weights(spec), config.parallel, config.model.quantization
+    layout, rounded, itemsize = config.parallel, config.model.quantization, itemsize_of(limits.dtype)
+    (whole,) = shard_model(spec, ParallelConfig(), rounded)
+    token = step_work(spec, whole, StepRows(sequences=1, tokens=1, context=0), itemsize, itemsize)
     report = make_report(
         args.kind,
         traces,
@@ -85,8 +86,8 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         before,
         after,
         limits,
-        touched_bytes(spec, itemsize_of(limits.dtype), rounded),
-        2.0 * weights,
+        int(token.weights_bytes),
+        token.flops,
         model=config.model.served_model_name or config.model.path or "?",
         layout=f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
         dtype=limits.dtype + ("" if rounded == "none" else f", {rounded} weights"),
@@ -110,22 +111,3 @@ def limits_of(session: Session) -> MachineLimits:
 def itemsize_of(dtype: str) -> int:
     """Bytes of one weight."""
     return 4 if dtype == "float32" else 2
-
-
-def touched_weights(spec: DecoderSpec) -> int:
-    """Weights one token is multiplied with: all layers and the head, of experts those that are chosen."""
-    layers, _, head = layer_costs(spec)
-    return int(sum(layers) + head)
-
-
-def touched_bytes(spec: DecoderSpec, itemsize: int, quantization: Quantization) -> int:
-    """Bytes of those weights. itemsize: of one that is not quantised."""
-    layers, _, head = layer_costs(spec)
-    if quantization == "none":
-        return itemsize * touched_weights(spec)
-    if quantization == "fp8":
-        return int(sum(layers) + head * itemsize)
-    per_weight, per_head_weight = (
-        quantized_bytes(BLOCK, GROUP, 0, BITS[kind]) / (BLOCK * GROUP) for kind in (quantization, "int8")
-    )
-    return int(sum(layers) * per_weight + head * per_head_weight)

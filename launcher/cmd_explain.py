@@ -1,11 +1,13 @@
 """`shoal explain MODEL`: what would run, before anything runs. Starts no process and reads no weights.
 
 Shows every setting that was set and where it came from (all of them with --all), which rank holds which layers, heads,
-columns, experts and vocabulary rows, and the ledger of memory per rank with the largest context x concurrency. Weights
-are exact; activations are estimated, since only a running rank can measure them.
+columns, experts and vocabulary rows, the ledger of memory per rank with the largest context x concurrency, and how fast
+that can be at most. Weights are exact; activations are estimated, since only a running rank can measure them; what the
+devices read and multiply is measured, in about a second, or with --gpu taken from a data sheet.
 """
 
 import argparse
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 
 import msgspec
 
-from shoal.configs.host import available_host_bytes
+from shoal.configs.host import available_host_bytes, last_cache_bytes, usable_cores
 from shoal.configs.model_path import resolve_model_path
 from shoal.configs.resolved import DEFAULT, ResolvedConfig, Setting
 from shoal.configs.schema import ShoalConfig
+from shoal.launcher.cards import CARDS, CONTEXT_BYTES, Card
 from shoal.launcher.explain_layout import LAYOUT_COLUMNS, RankShare, layout_notes, layout_table, rank_shares
+from shoal.launcher.explain_speed import SPEED_COLUMNS, DeviceLimits, Rates, limits_line, predict, speed_table
 from shoal.launcher.settle import Host, settle
 from shoal.launcher.tables import text_table
 from shoal.model.checkpoint_files import check_headers
@@ -31,13 +35,14 @@ from shoal.model.shard import ModelShard, shard_model
 from shoal.model.spec import DecoderSpec
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+MEASURING_S = 0.25  # for each limit of a device
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """All that is explained. notes: what was left to Shoal, as settled.
 
     problem: why the cache cannot be sized, with the number to change. plan: None then, and where no device of the kind
-    is here to be asked for its memory.
+    is here to be asked for its memory; rates: None there.
     """
 
     model: str
@@ -48,6 +53,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     reports: list[MemoryReport]
     plan: CachePlan | None
     problem: str | None
+    rates: Rates | None
 
 
 def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     path = resolved.config.model.path
     assert path is not None, "the command line has made sure of a model"
     folder = resolve_model_path(path, resolved.config.model.revision)
-    found = explain(resolved.with_generation_config(folder), folder)
+    found = explain(resolved.with_generation_config(folder), folder, None if args.gpu is None else card(args.gpu))
     if args.json:
         sys.stdout.write(json.dumps(msgspec.to_builtins(found), indent=1) + "\n")
     else:
@@ -65,22 +71,35 @@ def run(args: argparse.Namespace, resolved: ResolvedConfig) -> int:
     return 0 if found.problem is None else 2
 
 
-def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
-    """Work everything out from config.json. Raises ValueError when the model cannot be divided as asked."""
+def card(name: str) -> tuple[str, Card]:
+    """A GPU's name and data sheet. Raises ValueError naming those that are known."""
+    if name not in CARDS:
+        close = difflib.get_close_matches(name, CARDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--gpu {name}: no data sheet of it is here, only of {', '.join(CARDS)}{hint}")
+    return name, CARDS[name]
+
+
+def explain(resolved: ResolvedConfig, folder: Path, gpu: tuple[str, Card] | None = None) -> Explanation:
+    """Work everything out from config.json. gpu: to plan for, as if every rank had one; None: what is here.
+
+    Raises ValueError when the model cannot be divided as asked.
+    """
     config = resolved.config
     spec, family = load_spec(folder)
-    gpus, available = seen_gpus(config)
+    gpus, available = seen_gpus(config) if gpu is None else planned_gpus(config, gpu[1])
     on_gpus = config.runtime.device == "cuda" or gpus > 0
     host = Host(
         gpus=config.world_size if on_gpus else 0, native=config.runtime.native != "off", ranks=config.world_size
     )
     settled = settle(config, spec, host)
     shards = shard_model(spec, config.parallel, config.model.quantization)
+    itemsize = ITEMSIZE[settled.config.model.dtype]
     reports = estimate_reports(
         spec,
         shards,
         settled.config,
-        itemsize=ITEMSIZE[settled.config.model.dtype],
+        itemsize=itemsize,
         available_bytes=available or 0,
         ranks_per_device=settled.ranks_per_device,
     )
@@ -98,6 +117,7 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
             )
         except ValueError as error:
             problem = str(error)
+    limits = None if available is None else device_limits(settled.config, gpu)
     return Explanation(
         model=config.model.served_model_name or str(config.model.path),
         family=spec.family,
@@ -107,6 +127,32 @@ def explain(resolved: ResolvedConfig, folder: Path) -> Explanation:
         reports=reports,
         plan=plan,
         problem=problem,
+        rates=None if limits is None else predict(spec, shards, settled.config, limits, plan, itemsize),
+    )
+
+
+def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLimits:
+    """What bounds a step of a settled configuration: by data sheet, or measured here."""
+    if gpu is not None:
+        name, sheet = gpu
+        rate = sheet.flops_per_s(config.model.dtype)  # type: ignore[arg-type]  # settled: no "auto"
+        return DeviceLimits(
+            source=f"of {name}, by its data sheet", read_bytes_per_s=sheet.read_bytes_per_s, flops_per_s=rate
+        )
+    import torch
+
+    from shoal.launcher.machine import measure_limits
+
+    kind = config.runtime.device
+    if kind == "cpu":
+        torch.set_num_threads(min(usable_cores(), config.world_size * (config.runtime.threads or 1)))
+    limits = measure_limits(torch.device(kind), getattr(torch, config.model.dtype), MEASURING_S)
+    by = f"{limits.threads} threads of this host" if kind == "cpu" else limits.device
+    return DeviceLimits(
+        source=f"of {by}, measured now",
+        read_bytes_per_s=limits.read_bytes_per_s,
+        flops_per_s=limits.gemm_flops_per_s,
+        held_bytes=last_cache_bytes() if kind == "cpu" else 0,
     )
 
 
@@ -145,6 +191,13 @@ def seen_gpus(config: ShoalConfig) -> tuple[int, int | None]:
     return 0, available_host_bytes()
 
 
+def planned_gpus(config: ShoalConfig, sheet: Card) -> tuple[int, int]:
+    """As `seen_gpus`, of cards that are not here, one for each rank."""
+    if config.runtime.device == "cpu":
+        raise ValueError("--gpu plans for GPUs, and runtime.device = cpu; leave one of them out")
+    return config.world_size, sheet.memory_bytes - CONTEXT_BYTES
+
+
 def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, everything: bool) -> str:
     """The explanation as text: settings, layout, memory."""
     layout = config.parallel
@@ -164,7 +217,16 @@ def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, e
     if found.problem is not None:
         parts.append(f"does not fit: {found.problem}")
     elif found.plan is None:
-        parts.append("No GPU is seen here, so what its memory leaves for the cache cannot be told.")
+        parts.append(
+            "No GPU is seen here, so neither what its memory leaves for the cache nor its speed can be told: name one "
+            f"with --gpu ({', '.join(CARDS)})."
+        )
+    if found.rates is not None:
+        parts += [
+            f"Speed, at most: {limits_line(found.rates.limits)}.\n"
+            "Exchanges between ranks and all else come on top; `shoal bench` tells what is reached.",
+            text_table(SPEED_COLUMNS, speed_table(found.rates)),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

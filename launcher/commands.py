@@ -84,6 +84,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="Also the settings that have their defaults.")
+    parser.add_argument(
+        "--gpu",
+        action=Once,
+        metavar="NAME",
+        help="Plan for GPUs that are not here, one for each rank, by their data sheet: h100, a100-80gb, l4, ...",
+    )
     parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
 
 
@@ -165,13 +171,14 @@ _BATCH = Command(
 _EXPLAIN = Command(
     name="explain",
     add_arguments=_add_explain,
-    summary="settings, who holds what, and memory, before anything is started",
+    summary="settings, who holds what, memory and speed, before anything is started",
     usage="explain MODEL [--config PATH|NAME] [-tp N] [-pp N] [-dp N] [flags]",
     description="Starts nothing. Prints every setting and where it came from, which rank holds which layers, heads, "
-    "columns\nand experts, and the memory of each rank in bytes.",
+    "columns\nand experts, the memory of each rank in bytes, and how fast that can be at most.",
     examples=(
         ("shoal explain demo --config tp2_pp2", "a shipped layout"),
         ("shoal explain ./llama -tp 3 --max-model-len 8192 --json", "for a program"),
+        ("shoal explain ./llama -tp 4 --gpu h100", "for cards that are not here"),
     ),
     sampling=_GENERATE_SAMPLING,
     starts_engine=False,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import torch
 
-BUFFER_BYTES = 1 << 30  # several times any cache, so that reads come from memory
+BUFFER_BYTES = {"cpu": 1 << 30, "cuda": 1 << 34}  # several times any cache, so that reads come from memory
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_PAIRS = 4
 
@@ -42,14 +42,16 @@ def best_seconds(work: Callable[[], object], device: torch.device, budget_s: flo
     return best
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading memory."""
-    numel = BUFFER_BYTES // 4 * (1 if device.type == "cpu" else 16)
-    buffer = torch.ones(numel, dtype=torch.float32, device=device)
-    return buffer.numel() * 4 / best_seconds(lambda: buffer.sum(), device)
+def read_bandwidth(device: torch.device, budget_s: float = BUDGET_S) -> float:
+    """Bytes per second of reading memory, of a card no more than half of what is free on it."""
+    size = BUFFER_BYTES[device.type]
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 2)
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return buffer.numel() * 4 / best_seconds(lambda: buffer.sum(), device, budget_s)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+def gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = BUDGET_S) -> float:
     """Multiply-adds of a square matrix product, counted as two FLOP each, per second.
 
     The best of several pairs of matrices: where they lie decides whether their lines push each other out of the cache,
@@ -58,20 +60,20 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     size, best, started = GEMM_SIZE[device.type], float("inf"), time.perf_counter()
     for _ in range(GEMM_PAIRS):
         left, right = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-        budget_s = BUDGET_S / GEMM_PAIRS
-        best = min(best, best_seconds(lambda a=left, b=right: a @ b, device, budget_s))  # type: ignore[misc]
-        if time.perf_counter() - started > 2 * BUDGET_S:  # some processors have no instruction for the dtype
+        seconds = best_seconds(lambda a=left, b=right: a @ b, device, budget_s / GEMM_PAIRS)  # type: ignore[misc]
+        best = min(best, seconds)
+        if time.perf_counter() - started > 2 * budget_s:  # some processors have no instruction for the dtype
             break
     return 2 * size**3 / best
 
 
-def best_gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+def best_gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = BUDGET_S) -> float:
     """The higher one of float32 and `dtype`."""
-    return max(gemm_rate(device, one) for one in {torch.float32, dtype})
+    return max(gemm_rate(device, one, budget_s) for one in {torch.float32, dtype})
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
-    """Both limits with the threads torch has now. Takes about two seconds.
+def measure_limits(device: torch.device, dtype: torch.dtype, budget_s: float = BUDGET_S) -> MachineLimits:
+    """Both limits with the threads torch has now. Takes about three times budget_s.
 
     Measured in a thread that ends: its OpenMP threads would count beside those of an engine in this process, and make
     both give up waiting actively (engine/work_thread.py).
@@ -83,8 +85,8 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 threads=torch.get_num_threads(),
                 dtype=str(dtype).removeprefix("torch."),
-                read_bytes_per_s=read_bandwidth(device),
-                gemm_flops_per_s=best_gemm_rate(device, dtype),
+                read_bytes_per_s=read_bandwidth(device, budget_s),
+                gemm_flops_per_s=best_gemm_rate(device, dtype, budget_s),
             )
 
     with ThreadPoolExecutor(1) as pool:

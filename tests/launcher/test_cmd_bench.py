@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
-from shoal.configs.model_path import resolve_model_path
-from shoal.configs.schema import ParallelConfig
 from shoal.launcher import cmd_bench
 from shoal.launcher.cli import main
-from shoal.launcher.cmd_bench import touched_bytes, touched_weights
 from shoal.launcher.machine import MachineLimits
-from shoal.model.families import load_spec
-from shoal.model.memory_estimate import weights_bytes
-from shoal.model.shard import shard_model
 
 SHORT = ["demo", "--num-prompts", "2", "--input-len", "6", "--output-len", "3", "--num-blocks", "128"]
 
@@ -51,11 +45,3 @@ def test_a_run_is_printed_and_written(kind: str, tmp_path: Path, capsys: pytest.
 def test_what_could_not_end_well_is_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", *SHORT, *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_quantised_weights_are_read_in_their_own_bytes() -> None:
-    spec, _ = load_spec(resolve_model_path("demo"))
-    exact = {kind: weights_bytes(spec, shard_model(spec, ParallelConfig(), kind)[0], 4) for kind in ("int8", "int4")}
-    for kind, size in exact.items():  # the demo is tied: all its matrices are touched, and its norms are small
-        assert touched_bytes(spec, 4, kind) == pytest.approx(size, rel=0.02)
-    assert touched_bytes(spec, 4, "none") == 4 * touched_weights(spec)

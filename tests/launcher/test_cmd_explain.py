@@ -125,3 +125,39 @@ def test_the_text_shows_layout_and_ledger() -> None:
     text = explain("-tp", "2").stdout
     assert "Who holds what" in text
     assert "largest context x concurrency" in text
+    assert "Speed, at most" in text
+    assert "of this host, measured now" in text
+
+
+def test_speed_is_told_for_the_device_that_would_run() -> None:
+    rates = explained("--dtype", "float32", "--max-num-seqs", "8")["rates"]
+    assert rates["limits"]["source"].endswith("measured now")
+    assert [row["load"] for row in rates["rows"]] == [
+        "1 stream, 512 tokens each",
+        "8 streams, 512 tokens each",
+        "prompts of 512 tokens",
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rates["rows"])
+
+
+def test_cards_that_are_not_here_are_planned_for_by_their_data_sheet() -> None:
+    found = explained("--gpu", "h100", "-tp", "2")
+    assert found["plan"]["num_blocks"][0] > 0
+    assert found["rates"]["limits"]["read_bytes_per_s"] == 3.35e12
+    assert found["rates"]["limits"]["flops_per_s"] == 67e12  # the demo is float32
+    assert "on cuda" in found["notes"][0]
+    assert explained("--device", "cuda")["rates"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--gpu", "h1000"], "did you mean h100?"),
+        (["--gpu", "l4", "--device", "cpu"], "leave one of them out"),
+    ],
+)
+def test_a_card_that_cannot_be_planned_for_is_refused(args: list[str], message: str) -> None:
+    done = explain(*args)
+    assert done.returncode == 2
+    assert message in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr
