@@ -32,9 +32,13 @@ class LlamaCpp:
         self.gguf = write_gguf(python, model, self.folder.name)
 
     def run(self, program: str, *arguments: str) -> str:
-        """Standard output of one of them."""
+        """Standard output of one of them. Raises RuntimeError with its last line when it fails."""
         command = [str(self.binaries / program), "-m", self.gguf, "-t", str(self.threads), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise RuntimeError(f"{program} ended with {done.returncode}: {last}")
+        return done.stdout
 
     def rate(self, workload: str, requests: list[dict[str, Any]]) -> float | None:
         """Tokens per second as bench_peers counts them; None for a workload they cannot express."""

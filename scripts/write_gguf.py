@@ -89,8 +89,8 @@ def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, kind: str | No
 
 def make_writer(out: str, config: dict[str, Any]) -> GGUFWriter:
     """A writer with the model's sizes."""
-    moe = "num_experts" in config
-    writer = GGUFWriter(out, "qwen3moe" if moe else "llama")
+    experts = config.get("num_experts") or config.get("num_local_experts")  # as transformers 5 spells it
+    writer = GGUFWriter(out, "qwen3moe" if experts else "llama")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -103,8 +103,8 @@ def make_writer(out: str, config: dict[str, Any]) -> GGUFWriter:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config["vocab_size"])
-    if moe:
-        writer.add_expert_count(config["num_experts"])
+    if experts:
+        writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_tokenizer_model("none")
