@@ -34,11 +34,28 @@ def _blocks(num_tokens: int, window: int | None, block_size: int) -> int:
 
 
 class Admission:
-    """Projects the peak use of every cache group. mean_output: output tokens of the requests that ended."""
+    """Projects the peak use of every cache group. mean_output: output tokens of the requests that ended.
+
+    most_blocks: of the sequences that entered and did not leave, each at its longest and alone in every group.
+    """
 
     def __init__(self, tables: BlockTables) -> None:
         self._tables = tables
         self.mean_output = float(FIRST_GUESS)
+        self.most_blocks = 0
+        self._smallest = min(pool.num_blocks for pool in tables.pools)
+
+    def enter(self, seq: Sequence) -> None:
+        """Count a sequence that joins the running set."""
+        self.most_blocks += self.most(seq)
+
+    def leave(self, seq: Sequence) -> None:
+        """Count one that leaves it no more."""
+        self.most_blocks -= self.most(seq)
+
+    def most(self, seq: Sequence) -> int:
+        """Blocks of a sequence at its longest."""
+        return -(-seq.max_num_tokens // self._tables.block_size)
 
     def observe(self, num_output_tokens: int) -> None:
         """Learn from a request that ended by itself."""
@@ -50,7 +67,11 @@ class Admission:
         return min(guess, seq.max_num_tokens - len(seq.tokens))
 
     def fits(self, running: Iterable[Sequence], candidate: Sequence, hit: int) -> bool:
-        """Whether the candidate, with its `hit` leading blocks from the cache, fits beside the running sequences."""
+        """Whether the candidate, with its `hit` leading blocks from the cache, fits beside the running sequences, all
+        of which have entered.
+        """
+        if self.most_blocks + self.most(candidate) <= self._smallest:
+            return True  # whatever they become
         expected = [(self.remaining(seq), seq, seq.num_hit_blocks) for seq in running]
         expected.append((self.remaining(candidate), candidate, hit))
         expected.sort(key=lambda entry: -entry[0])

@@ -106,6 +106,7 @@ class Scheduler:
 
     def _leave_running(self, seq: Sequence, told: list[str], *, trusted: bool = True) -> None:
         del self.running[bisect_left(self.running, seq.order, key=_order)]
+        self.admission.leave(seq)
         self.tables.release(seq, trusted=trusted)
         told.append(seq.request_id)
         self._refused = None
@@ -223,6 +224,7 @@ class Scheduler:
         self._leave_waiting(bisect_left(self.waiting, seq.order, key=_order))
         seq.status = Status.RUNNING
         insort(self.running, seq, key=_order)
+        self.admission.enter(seq)
         if not seq.started:
             seq.started = True
             seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt_tokens)
@@ -332,4 +334,5 @@ class Scheduler:
         for seq in self.running:
             assert seq.in_flight == rows.count(seq), "rows in flight are miscounted"
             assert seq.pending or seq.in_flight, "a sequence has nothing to do"
+        assert self.admission.most_blocks == sum(map(self.admission.most, self.running)), "admission counts others"
         self.tables.check_integrity(self.running)

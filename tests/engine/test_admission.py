@@ -26,6 +26,13 @@ def start(tables: BlockTables, seq: Sequence) -> Sequence:
     return seq
 
 
+def beside(tables: BlockTables, *running: Sequence) -> Admission:
+    admission = Admission(tables)
+    for seq in running:
+        admission.enter(seq)
+    return admission
+
+
 def test_a_request_larger_than_the_cache_names_numbers_and_fix() -> None:
     check_fits_alone(make_tables(8), 4, 33)
     with pytest.raises(ValueError, match=r"needs 9 blocks of 4 tokens.*the cache has 8: raise cache.num_blocks to 9"):
@@ -44,7 +51,7 @@ def test_the_peak_counts_that_short_outputs_end_first() -> None:
     for num_blocks, fits in ((10, True), (9, False)):
         tables = make_tables(num_blocks)
         start(tables, a)
-        assert Admission(tables).fits([a], b, 0) is fits
+        assert beside(tables, a).fits([a], b, 0) is fits
         tables.release(a)
 
 
@@ -55,7 +62,7 @@ def test_a_shared_prefix_is_counted_once() -> None:
     b = make_seq([*prompt, 30], 8, 1)
     hit = tables.find_hit(b)
     assert hit == 4
-    admission = Admission(tables)
+    admission = beside(tables, a)
     assert admission.fits([a], b, hit)
     assert not admission.fits([a], b, 0)
 
@@ -79,5 +86,16 @@ def test_window_groups_are_projected_at_their_bound() -> None:
     for num_blocks, fits in ((6, True), (5, False)):
         tables = make_tables(num_blocks, windows=(8,))
         start(tables, a)
-        assert Admission(tables).fits([a], b, 0) is fits
+        assert beside(tables, a).fits([a], b, 0) is fits
         tables.release(a)
+
+
+def test_what_fits_whatever_it_becomes_is_asked_no_further() -> None:
+    a, b = make_seq([1, 2, 3, 4], 12, 0), make_seq([5, 6, 7, 8], 16, 1)  # 4 and 5 blocks at their longest
+    tables = make_tables(9)
+    start(tables, a)
+    admission = beside(tables, a)
+    admission.remaining = lambda seq: pytest.fail("looked closer")  # type: ignore[method-assign]
+    assert admission.fits([a], b, 0)
+    admission.leave(a)
+    assert admission.most_blocks == 0
