@@ -241,14 +241,39 @@ INLINE int64_t place(int type, int64_t inner, int64_t k, int64_t c) {
     return start + (type == BF16 ? k / 2 * 2 * PANEL + c % PANEL * 2 + k % 2 : k * PANEL + c % PANEL);
 }
 
+/* As many positions of a whole panel as vectors hold, turned: 4 bytes of every column at a time, a pair of elements of 2 bytes. Returns how
+ * many positions these are. */
+INLINE int64_t turn_block(int type, const char *w, int64_t w_step, int64_t count, char *out) {
+    const int64_t each = type == F32 ? 1 : 2, whole = count / (LANES * each) * LANES * each;
+    for (int64_t k = 0; k < whole; k += LANES * each)
+        for (int c = 0; c < PANEL; c += LANES) {
+            vf rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = *(const vf_unaligned *)(w + (c + i) * w_step + k * element_size(type));
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) {
+                const vu words = (vu)rows[i];
+                char *to = out + (k / each + i) * PANEL * 4 + c * 4;
+                if (type != F16) *(vu_unaligned *)to = words;
+                else {
+                    to = out + (k + 2 * i) * PANEL * 2 + c * 2;
+                    *(vh_unaligned *)to = __builtin_convertvector(words & 0xffff, vh);
+                    *(vh_unaligned *)(to + PANEL * 2) = __builtin_convertvector(words >> 16, vh);
+                }
+            }
+        }
+    return whole;
+}
+
 /* Positions [block, block + count) of 32 columns from `first` on, of elements of `size` bytes; what is not there is 0. */
 INLINE void pack_block(int type, const char *w, int64_t w_step, int64_t columns, int64_t inner, int64_t first, int64_t block, int64_t count,
                        char *out) {
-    const int64_t size = element_size(type);
+    const int64_t size = element_size(type), left = inner - block < count ? inner - block : count;
+    const char *from = w + first * w_step + block * size;
+    const int64_t turned = first + PANEL <= columns ? turn_block(type, from, w_step, left, out) : 0;
     for (int64_t c = 0; c < PANEL; c++) {
-        const int64_t there = first + c < columns ? (inner - block < count ? inner - block : count) : 0;
-        const char *row = w + (first + c) * w_step + block * size;
-        for (int64_t k = 0; k < count; k++) {
+        const int64_t there = first + c < columns ? left : 0;
+        const char *row = from + c * w_step;
+        for (int64_t k = turned; k < count; k++) {
             const int64_t to = type == BF16 ? k / 2 * 2 * PANEL + 2 * c + k % 2 : k * PANEL + c;
             if (type == F32) ((uint32_t *)out)[to] = k < there ? ((const uint32_t *)row)[k] : 0;
             else ((uint16_t *)out)[to] = k < there ? ((const uint16_t *)row)[k] : 0;
