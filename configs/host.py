@@ -33,10 +33,23 @@ def _cores(text: str) -> set[int]:
     return found
 
 
-def last_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Of the processor's last cache, as the kernel tells it; 0 where it does not. caches: where it tells it."""
-    sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
-    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=0)
+def last_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Of the usable cores' last caches, each counted once, as the kernel tells it; 0 where it does not. cpus: where it
+    tells it.
+    """
+    found: dict[str, tuple[int, int]] = {}  # who shares it: level, bytes
+    for core in os.sched_getaffinity(0):
+        for cache in (cpus / f"cpu{core}" / "cache").glob("index*"):
+            try:
+                level, size, shared = (
+                    (cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+                )
+                entry = int(level), int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+            except (OSError, ValueError, LookupError):
+                continue
+            found[shared] = max(entry, found.get(shared, entry))
+    last = max((level for level, _ in found.values()), default=0)
+    return sum(size for level, size in found.values() if level == last)
 
 
 def available_host_bytes() -> int:

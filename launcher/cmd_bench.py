@@ -78,7 +78,8 @@ async def measure(args: argparse.Namespace, resolved: ResolvedConfig, threads: i
         await session.close()
     layout, rounded, itemsize = config.parallel, config.model.quantization, itemsize_of(limits.dtype)
     (whole,) = shard_model(spec, ParallelConfig(), rounded)
-    token = step_work(spec, whole, StepRows(sequences=1, tokens=1, context=0), itemsize, itemsize)
+    device = "cpu" if limits.device == "cpu" else "cuda"
+    token = step_work(spec, whole, StepRows(sequences=1, tokens=1, context=0), itemsize, itemsize, device)
     report = make_report(
         args.kind,
         traces,

@@ -9,6 +9,7 @@ devices read and multiply is measured, in about a second, or with --gpu taken fr
 import argparse
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shoal.configs.schema import ShoalConfig
 from shoal.launcher.cards import CARDS, CONTEXT_BYTES, Card
 from shoal.launcher.explain_layout import LAYOUT_COLUMNS, RankShare, layout_notes, layout_table, rank_shares
 from shoal.launcher.explain_speed import SPEED_COLUMNS, DeviceLimits, Rates, limits_line, predict, speed_table
+from shoal.launcher.kinds import choose_launcher
 from shoal.launcher.settle import Host, settle
 from shoal.launcher.tables import text_table
 from shoal.model.checkpoint_files import check_headers
@@ -81,7 +83,7 @@ def card(name: str) -> tuple[str, Card]:
 
 
 def explain(resolved: ResolvedConfig, folder: Path, gpu: tuple[str, Card] | None = None) -> Explanation:
-    """Work everything out from config.json. gpu: to plan for, as if every rank had one; None: what is here.
+    """Work everything out from config.json. gpu: of the kind to plan for; None: what is here.
 
     Raises ValueError when the model cannot be divided as asked.
     """
@@ -89,9 +91,8 @@ def explain(resolved: ResolvedConfig, folder: Path, gpu: tuple[str, Card] | None
     spec, family = load_spec(folder)
     gpus, available = seen_gpus(config) if gpu is None else planned_gpus(config, gpu[1])
     on_gpus = config.runtime.device == "cuda" or gpus > 0
-    host = Host(
-        gpus=config.world_size if on_gpus else 0, native=config.runtime.native != "off", ranks=config.world_size
-    )
+    wanted = -(-config.world_size // config.parallel.ranks_per_device) if on_gpus else 0
+    host = Host(gpus=wanted, native=config.runtime.native != "off", ranks=config.world_size)
     settled = settle(config, spec, host)
     shards = shard_model(spec, config.parallel, config.model.quantization)
     itemsize = ITEMSIZE[settled.config.model.dtype]
@@ -117,25 +118,28 @@ def explain(resolved: ResolvedConfig, folder: Path, gpu: tuple[str, Card] | None
             )
         except ValueError as error:
             problem = str(error)
-    limits = None if available is None else device_limits(settled.config, gpu)
+    limits = None if plan is None else device_limits(settled.config, gpu)
     return Explanation(
         model=config.model.served_model_name or str(config.model.path),
         family=spec.family,
-        notes=[*settled.notes, *([warning] if warning else [])],
+        notes=[*settled.notes, *place_notes(config), *([warning] if warning else [])],
         settings=[settled_row(setting, settled.config) for setting in resolved.settings()],
         ranks=rank_shares(spec, shards),
         reports=reports,
         plan=plan,
         problem=problem,
-        rates=None if limits is None else predict(spec, shards, settled.config, limits, plan, itemsize),
+        rates=predict(spec, shards, settled.config, limits, plan, itemsize) if plan and limits else None,
     )
 
 
-def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLimits:
-    """What bounds a step of a settled configuration: by data sheet, or measured here."""
+def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLimits | None:
+    """What bounds a step of a settled configuration: by data sheet, or measured here; None where there was no memory to
+    measure with.
+    """
+    rounded = config.model.quantization
     if gpu is not None:
         name, sheet = gpu
-        rate = sheet.flops_per_s(config.model.dtype)  # type: ignore[arg-type]  # settled: no "auto"
+        rate = sheet.flops_per_s(config.model.dtype, rounded)
         return DeviceLimits(
             source=f"of {name}, by its data sheet", read_bytes_per_s=sheet.read_bytes_per_s, flops_per_s=rate
         )
@@ -146,14 +150,26 @@ def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLi
     kind = config.runtime.device
     if kind == "cpu":
         torch.set_num_threads(min(usable_cores(), config.world_size * (config.runtime.threads or 1)))
-    limits = measure_limits(torch.device(kind), getattr(torch, config.model.dtype), MEASURING_S)
-    by = f"{limits.threads} threads of this host" if kind == "cpu" else limits.device
+    try:
+        limits = measure_limits(torch.device(kind), getattr(torch, config.model.dtype), MEASURING_S)
+    except RuntimeError:  # no memory for it, most likely
+        return None
+    faster = {"none": 1, "fp8": 2}.get(rounded, 4 if kind == "cpu" else 1)  # than floats, at most
+    by = f"{limits.threads} {'thread' if limits.threads == 1 else 'threads'} of this host"
+    how = "measured now" + (f" with floats, and {faster} times that for {rounded} weights" if faster > 1 else "")
     return DeviceLimits(
-        source=f"of {by}, measured now",
+        source=f"of {by if kind == 'cpu' else limits.device}, {how}",
         read_bytes_per_s=limits.read_bytes_per_s,
-        flops_per_s=limits.gemm_flops_per_s,
+        flops_per_s=faster * limits.gemm_flops_per_s,
         held_bytes=last_cache_bytes() if kind == "cpu" else 0,
     )
+
+
+def place_notes(config: ShoalConfig) -> list[str]:
+    """What may be settled otherwise where the ranks will be."""
+    if choose_launcher(config, os.environ) != "ray":
+        return []
+    return ["as on one host like this; collectives, threads and steps in flight follow from the hosts that Ray gives"]
 
 
 def weights_warning(config: ShoalConfig, folder: Path, family: Family, spec: DecoderSpec) -> str | None:
@@ -192,7 +208,7 @@ def seen_gpus(config: ShoalConfig) -> tuple[int, int | None]:
 
 
 def planned_gpus(config: ShoalConfig, sheet: Card) -> tuple[int, int]:
-    """As `seen_gpus`, of cards that are not here, one for each rank."""
+    """As `seen_gpus`, of cards that are not here, as many as there are ranks to have one."""
     if config.runtime.device == "cpu":
         raise ValueError("--gpu plans for GPUs, and runtime.device = cpu; leave one of them out")
     return config.world_size, sheet.memory_bytes - CONTEXT_BYTES
@@ -221,7 +237,9 @@ def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, e
             "No GPU is seen here, so neither what its memory leaves for the cache nor its speed can be told: name one "
             f"with --gpu ({', '.join(CARDS)})."
         )
-    if found.rates is not None:
+    if found.plan is not None and found.rates is None:
+        parts.append("There is no memory free to measure the device's speed with.")
+    elif found.rates is not None:
         parts += [
             f"Speed, at most: {limits_line(found.rates.limits)}.\n"
             "Exchanges between ranks and all else come on top; `shoal bench` tells what is reached.",

@@ -88,7 +88,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         action=Once,
         metavar="NAME",
-        help="Plan for GPUs that are not here, one for each rank, by their data sheet: h100, a100-80gb, l4, ...",
+        help="Plan for GPUs that are not here, as many as the layout needs, by their data sheet: h100, l4, ...",
     )
     parser.add_argument("--json", action="store_true", help="One JSON object on standard output, for programs.")
 

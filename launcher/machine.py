@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import torch
 
-BUFFER_BYTES = {"cpu": 1 << 30, "cuda": 1 << 34}  # several times any cache, so that reads come from memory
+from shoal.configs.host import available_host_bytes
+
+BUFFER_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}  # several times any cache, so that reads come from memory
+LEAST_BUFFER_BYTES = 1 << 26
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_PAIRS = 4
 
@@ -43,10 +46,9 @@ def best_seconds(work: Callable[[], object], device: torch.device, budget_s: flo
 
 
 def read_bandwidth(device: torch.device, budget_s: float = BUDGET_S) -> float:
-    """Bytes per second of reading memory, of a card no more than half of what is free on it."""
-    size = BUFFER_BYTES[device.type]
-    if device.type == "cuda":
-        size = min(size, torch.cuda.mem_get_info(device)[0] // 2)
+    """Bytes per second of reading memory. Takes no more than a quarter of what is free of it."""
+    free = available_host_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    size = max(min(BUFFER_BYTES[device.type], free // 4), LEAST_BUFFER_BYTES)
     buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     return buffer.numel() * 4 / best_seconds(lambda: buffer.sum(), device, budget_s)
 

@@ -77,11 +77,11 @@ def expert_use(spec: DecoderSpec, parameter: LocalParameter, rows: StepRows) -> 
 
 
 def attended(mixer: Attention, rows: StepRows) -> tuple[float, float]:
-    """Cached positions that a row of a layer reads, and those that its tokens see, summed over them: a token sees all
-    before it and itself, but no more than the window.
+    """Cached positions that a row of a layer reads, and those that its tokens see, summed over them: a token sees
+    itself and all before it, but no more than the window together.
     """
     total = rows.context + rows.tokens
     window = total if mixer.window is None else min(mixer.window, total)
     growing = max(0, min(rows.tokens, window - rows.context))  # tokens that see less than the window
     seen = growing * (rows.context + (growing + 1) / 2) + (rows.tokens - growing) * window
-    return min(rows.context, window), seen
+    return min(rows.context, window - 1), seen

@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
+ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -90,7 +91,9 @@ def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, kind: str | No
 def make_writer(out: str, config: dict[str, Any]) -> GGUFWriter:
     """A writer with the model's sizes."""
     experts = config.get("num_experts") or config.get("num_local_experts")  # as transformers 5 spells it
-    writer = GGUFWriter(out, "qwen3moe" if experts else "llama")
+    if config["model_type"] not in ARCHITECTURES:
+        sys.exit(f"{config['model_type']} cannot be written, only {', '.join(ARCHITECTURES)}")
+    writer = GGUFWriter(out, ARCHITECTURES[config["model_type"]])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

@@ -248,7 +248,7 @@ INLINE int64_t turn_block(int type, const char *w, int64_t w_step, int64_t count
     for (int64_t k = 0; k < whole; k += LANES * each)
         for (int c = 0; c < PANEL; c += LANES) {
             vf rows[LANES];
-            for (int i = 0; i < LANES; i++) rows[i] = *(const vf_unaligned *)(w + (c + i) * w_step + k * element_size(type));
+            for (int i = 0; i < LANES; i++) memcpy(&rows[i], w + (c + i) * w_step + k * element_size(type), sizeof rows[i]);
             transpose(rows);
             for (int i = 0; i < LANES; i++) {
                 const vu words = (vu)rows[i];

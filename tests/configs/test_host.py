@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.configs.host import memory_nodes
+from shoal.configs.host import last_cache_bytes, memory_nodes
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,22 @@ def test_memory_nodes_are_those_of_the_usable_cores(
         (tmp_path / f"node{index}" / "cpulist").write_text(text)
     (tmp_path / "possible").write_text("0-1")
     assert memory_nodes(tmp_path) == expected
+
+
+def test_the_last_caches_of_the_usable_cores_are_counted_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cache(core: int, index: int, **entries: str) -> None:
+        folder = tmp_path / f"cpu{core}" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, text in entries.items():
+            (folder / name).write_text(text + "\n")
+
+    for core in range(6):
+        first = core // 2 * 2
+        cache(core, 2, level="2", size="512K", shared_cpu_list=str(core))
+        cache(core, 3, level="3", size="32M", shared_cpu_list=f"{first}-{first + 1}")
+    cache(0, 9, level="4", size="", shared_cpu_list="0-5")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    assert last_cache_bytes(tmp_path) == 2 * 32 << 20
+    assert last_cache_bytes(tmp_path / "nowhere") == 0

@@ -138,6 +138,7 @@ def test_speed_is_told_for_the_device_that_would_run() -> None:
         "prompts of 512 tokens",
     ]
     assert all(row["tokens_per_s"] > 0 for row in rates["rows"])
+    assert "4 times that for int8 weights" in explained("--quantization", "int8")["rates"]["limits"]["source"]
 
 
 def test_cards_that_are_not_here_are_planned_for_by_their_data_sheet() -> None:
@@ -147,6 +148,13 @@ def test_cards_that_are_not_here_are_planned_for_by_their_data_sheet() -> None:
     assert found["rates"]["limits"]["flops_per_s"] == 67e12  # the demo is float32
     assert "on cuda" in found["notes"][0]
     assert explained("--device", "cuda")["rates"] is None
+    shared = explained("--gpu", "h100", "-tp", "2", "--ranks-per-device", "2")
+    assert len(shared["notes"]) == 1, "no card is seen that is not there"
+
+
+def test_what_does_not_fit_has_no_speed() -> None:
+    done = explain("--kv-cache-memory-bytes", "64KiB")
+    assert done.returncode == 2 and "Speed" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -161,3 +169,8 @@ def test_a_card_that_cannot_be_planned_for_is_refused(args: list[str], message: 
     assert done.returncode == 2
     assert message in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_cluster_may_settle_otherwise_is_said() -> None:
+    assert "the hosts that Ray gives" in explained("--launcher", "ray", "-tp", "2")["notes"][1]
+    assert len(explained("-tp", "2")["notes"]) == 1

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.configs.schema import ParallelConfig
 from shoal.model.families import load_spec
+from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.memory_estimate import weights_bytes
-from shoal.model.shard import shard_model
+from shoal.model.shard import Quantization, shard_model
 from shoal.model.spec import Attention
 from shoal.model.step_work import StepRows, StepWork, attended, step_work
 from tests.model.tiny_models import make_model
@@ -47,16 +48,26 @@ def test_a_prompt_needs_logits_of_its_last_token_alone(tmp_path_factory: pytest.
     assert seven.flops - head - scores * (1 + 2 + 3 + 4 + 5 + 6 + 7) == pytest.approx(7 * (one.flops - head - scores))
 
 
+@pytest.mark.parametrize(
+    ("quantization", "device"), [("none", "cpu"), ("int8", "cpu"), ("int4", "cpu"), ("int4", "cuda"), ("fp8", "cuda")]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_all_weights_are_read_but_for_tables_that_are_looked_up(
-    family: str, tmp_path_factory: pytest.TempPathFactory
+    family: str, quantization: Quantization, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = make_model(family, tmp_path_factory.getbasetemp())
-    spec, _ = load_spec(folder)
+    spec, _ = load_spec(make_model(family, tmp_path_factory.getbasetemp()))
+    [shard] = shard_model(spec, ParallelConfig(), quantization)
     looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size
     looked_up += spec.learned_positions.num_positions * spec.hidden_size if spec.learned_positions else 0
-    [found] = work(folder, StepRows(1, 1, 0))
-    assert found.weights_bytes == weights_bytes(spec, shard_model(spec, ParallelConfig())[0], 4) - 4 * looked_up
+    found = step_work(spec, shard, StepRows(1, 1, 0), 4, 4, device)
+    assert found.weights_bytes == weights_bytes(spec, shard, 4, device) - 4 * looked_up
+
+
+def test_a_cache_of_fewer_bits_is_read_in_them(tmp_path_factory: pytest.TempPathFactory) -> None:
+    spec, _ = load_spec(make_model("llama", tmp_path_factory.getbasetemp()))
+    [shard] = shard_model(spec, ParallelConfig())
+    floats, bytes_ = (step_work(spec, shard, StepRows(3, 1, 20), 4, size) for size in (4, 1))
+    assert floats.cache_bytes == 4 * bytes_.cache_bytes == sum(kv_bytes_per_block(spec, shard, 60, 4))
 
 
 def test_experts_are_read_as_often_as_tokens_choose_them(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -89,4 +100,4 @@ def test_tokens_see_what_the_window_shows(window: int | None, tokens: int, conte
     expected = sum(min(limit, context + index + 1) for index in range(tokens))
     read, seen = attended(mixer, StepRows(1, tokens, context))
     assert seen == expected
-    assert read == min(context, limit)
+    assert read == sum(position > context - limit for position in range(context)), "what the first new token sees"
