@@ -7,6 +7,7 @@ are one radix tree with steps of constant time, and the same keys serve a router
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 from shoal.engine.block_pool import BlockPool
@@ -14,6 +15,7 @@ from shoal.engine.block_pool import BlockPool
 KEY_BYTES = 32
 
 
+@lru_cache(maxsize=256)
 def root_key(salt: str | None) -> bytes:
     """The parent of a first block: prefixes are shared only under an equal salt."""
     return blake2b(b"" if salt is None else b"salt:" + salt.encode(), digest_size=KEY_BYTES).digest()

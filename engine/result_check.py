@@ -13,11 +13,11 @@ def check_result(plan: StepPlan, sequences: list[Sequence], result: StepResult, 
             f"expected was epoch {plan.epoch}, step {plan.step} with {len(plan.rows)} rows"
         )
     for seq, row, given in zip(sequences, plan.rows, result.rows):
-        token_ids, scored = given.token_ids, given.logprobs is not None or given.prompt_logprobs is not None
+        token_ids = given.token_ids
         fits = len(token_ids) == row.sample and (not token_ids or 0 <= token_ids[0] < vocab_size)
-        if fits and (scored or seq.scores):
-            fits = _has_scores(row, given, seq)
-        if given.request_id != row.request_id or not (fits or given.error):
+        if seq.scores or given.logprobs is not None or given.prompt_logprobs is not None:
+            fits = fits and _has_scores(row, given, seq)
+        if not (fits or given.error) or given.request_id != row.request_id:
             raise ExecutorFailed(f"step {plan.step}: the result {given} does not answer the row {row} ({seq.sampling})")
 
 

@@ -15,7 +15,7 @@ from shoal.engine.admission import Admission
 from shoal.engine.block_tables import BlockTables
 from shoal.engine.cost_model import CostModel, StepLoad
 from shoal.engine.executor import Capacity
-from shoal.engine.messages import NewSequence, OutputDelta, PlanRow, RowResult, StepPlan, StepResult, TokenRef
+from shoal.engine.messages import NewSequence, OutputDelta, PlanRow, StepPlan, StepResult, TokenRef
 from shoal.engine.result_check import check_result
 from shoal.engine.sequence import Sequence, Status
 from shoal.engine.step_budget import StepBudget
@@ -129,7 +129,7 @@ class Scheduler:
     def _survey(self) -> tuple[Draft, list[Sequence], list[Sequence]]:
         """An empty draft with its budget, and the running sequences that wait for a decode row or a further chunk."""
         decoding, prefilling = [], []
-        decode_cost, prefill = 0.0, self._waiting_tokens
+        decode_cost, prefill, balanced = 0.0, self._waiting_tokens, self.max_in_flight > 1
         for seq in self.running:
             pending = len(seq.tokens) - seq.num_computed
             if pending > 1:
@@ -138,7 +138,7 @@ class Scheduler:
                 continue
             if pending == 1 or (pending == 0 and self.overlap and seq.may_follow):
                 decoding.append(seq)
-            if self.max_in_flight > 1:
+            if balanced:
                 decode_cost += self.cost.row_cost(1, seq.num_computed)
         for launched in self.launched:
             prefill += launched.load.prefill_tokens
@@ -291,35 +291,32 @@ class Scheduler:
         check_result(plan, sequences, result, self.vocab_size)
         if self.learns_cost:
             self.cost.observe(load, seconds)
-        deltas, running = [], Status.RUNNING
+        deltas, running, generated = [], Status.RUNNING, 0
         for seq, row, given in zip(sequences, plan.rows, result.rows, strict=True):
             seq.in_flight -= 1
-            if seq.status is running:
-                delta = self._accept(row, seq, given, tell_joined)
-                if delta is not None:
-                    deltas.append(delta)
+            if seq.status is not running:
+                continue
+            if given.error is not None:
+                self.finish(seq, trusted=False)
+                deltas.append(seq.take_delta("error", given.error))
+                continue
+            if given.prompt_logprobs:
+                seq.take_prompt_logprobs(row.num_computed_tokens, given.prompt_logprobs)
+            if not row.sample:
+                continue
+            seq.tokens += given.token_ids
+            if given.logprobs:
+                seq.logprobs += given.logprobs
+            generated += 1
+            reason = seq.finish_reason()
+            if reason is not None:
+                self.admission.observe(seq.num_output_tokens)
+                self.finish(seq)
+            elif not tell_joined and seq.may_wait():
+                continue
+            deltas.append(seq.take_delta(reason))
+        self.num_generated_tokens += generated
         return deltas
-
-    def _accept(self, row: PlanRow, seq: Sequence, given: RowResult, tell_joined: bool) -> OutputDelta | None:
-        """Extend a running sequence by what its row gave; a delta when it is to be told now."""
-        if given.error is not None:
-            self.finish(seq, trusted=False)
-            return seq.take_delta("error", given.error)
-        if given.prompt_logprobs:
-            seq.take_prompt_logprobs(row.num_computed_tokens, given.prompt_logprobs)
-        if not row.sample:
-            return None
-        seq.tokens += given.token_ids
-        if given.logprobs:
-            seq.logprobs += given.logprobs
-        self.num_generated_tokens += 1
-        reason = seq.finish_reason()
-        if reason is not None:
-            self.admission.observe(seq.num_output_tokens)
-            self.finish(seq)
-        elif not tell_joined and seq.may_wait():
-            return None
-        return seq.take_delta(reason)
 
     def check_integrity(self) -> None:
         """Assert that queues, tables and launched plans agree. Call between steps."""
