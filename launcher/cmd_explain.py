@@ -133,8 +133,8 @@ def explain(resolved: ResolvedConfig, folder: Path, gpu: tuple[str, Card] | None
 
 
 def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLimits | None:
-    """What bounds a step of a settled configuration: by data sheet, or measured here; None where there was no memory to
-    measure with.
+    """What bounds a step of a settled configuration: by data sheet, or measured here; None where a card had no memory
+    free to measure with.
     """
     rounded = config.model.quantization
     if gpu is not None:
@@ -152,7 +152,7 @@ def device_limits(config: ShoalConfig, gpu: tuple[str, Card] | None) -> DeviceLi
         torch.set_num_threads(min(usable_cores(), config.world_size * (config.runtime.threads or 1)))
     try:
         limits = measure_limits(torch.device(kind), getattr(torch, config.model.dtype), MEASURING_S)
-    except RuntimeError:  # no memory for it, most likely
+    except torch.OutOfMemoryError:
         return None
     faster = {"none": 1, "fp8": 2}.get(rounded, 4 if kind == "cpu" else 1)  # than floats, at most
     by = f"{limits.threads} {'thread' if limits.threads == 1 else 'threads'} of this host"
@@ -238,7 +238,7 @@ def show(found: Explanation, config: ShoalConfig, shards: list[ModelShard], *, e
             f"with --gpu ({', '.join(CARDS)})."
         )
     if found.plan is not None and found.rates is None:
-        parts.append("There is no memory free to measure the device's speed with.")
+        parts.append("No GPU memory is free to measure its speed with.")
     elif found.rates is not None:
         parts += [
             f"Speed, at most: {limits_line(found.rates.limits)}.\n"

@@ -186,5 +186,5 @@ def limits_line(limits: DeviceLimits) -> str:
 
 
 def significant(value: float) -> str:
-    """Three digits of a number that is no whole number of many."""
+    """A number's first three digits, and all of those before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

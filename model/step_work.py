@@ -11,6 +11,8 @@ from shoal.model.parameters import LocalParameter, local_parameters
 from shoal.model.shard import ModelShard
 from shoal.model.spec import Attention, DecoderSpec, MoeFfn
 
+HEAD = ("head.", "embed.", "embed_out.")  # of the rows that sample alone; embed where it is the head as well
+
 
 class StepRows(NamedTuple):
     """The rows of a step. sequences: how many, a mean where it is no whole number; tokens: new ones of each, of which
@@ -63,9 +65,6 @@ def step_work(
         cache_bytes += rows.sequences * read * 2 * heads.num_kv_heads * dim * kv_itemsize
         flops += rows.sequences * seen * 4 * heads.num_heads * dim
     return StepWork(weights_bytes, cache_bytes, flops)
-
-
-HEAD = ("head.", "embed.", "embed_out.")  # of the rows that sample alone; embed where it is the head as well
 
 
 def expert_use(spec: DecoderSpec, parameter: LocalParameter, rows: StepRows) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from shoal.model.families import load_spec
 from shoal.model.kv_layout import kv_bytes_per_block
 from shoal.model.memory_estimate import weights_bytes
 from shoal.model.shard import Quantization, shard_model
-from shoal.model.spec import Attention
+from shoal.model.spec import Attention, MoeFfn
 from shoal.model.step_work import StepRows, StepWork, attended, step_work
 from tests.model.tiny_models import make_model
 
@@ -73,7 +73,7 @@ def test_a_cache_of_fewer_bits_is_read_in_them(tmp_path_factory: pytest.TempPath
 def test_experts_are_read_as_often_as_tokens_choose_them(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = make_model("qwen3_moe", tmp_path_factory.getbasetemp())
     spec, _ = load_spec(folder)
-    ffns = [layer.ffn for layer in spec.layers if layer.ffn.__class__.__name__ == "MoeFfn"]
+    ffns = [layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoeFfn)]
     experts = sum(3 * 4 * ffn.num_experts * ffn.intermediate_size * spec.hidden_size for ffn in ffns)
     [one], [many] = work(folder, StepRows(1, 1, 0)), work(folder, StepRows(1000, 1, 0))
     share = ffns[0].top_k / ffns[0].num_experts
